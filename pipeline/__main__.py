@@ -1,0 +1,5 @@
+"""`python -m pipeline` is `earmark`."""
+
+from pipeline.cli import main
+
+main()

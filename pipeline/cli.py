@@ -1,0 +1,191 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from typing import Any
+
+import click
+
+from pipeline import __version__
+from student import BUNDLED
+
+EXIT_FAILURES = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="earmark")
+def cli() -> None:
+    """Tag any audio dataset with AudioSet's 527 labels."""
+
+
+@cli.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog="Any option of Apache Beam can follow, such as --runner DirectRunner "
+    "--direct_num_workers 2 --direct_running_mode multi_processing. Without --runner, "
+    "Beam's in-process FnApiRunner runs the job here.",
+)
+@click.argument("inputs", nargs=-1, required=True, type=click.UNPROCESSED, metavar="INPUT...")
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    metavar="DIR",
+    help="Folder for the Parquet files. A run into the same folder goes on where the last one stopped.",
+)
+@click.option(
+    "--checkpoint",
+    default=BUNDLED,
+    show_default=True,
+    metavar="C",
+    help="A Hugging Face id (owner/name[@revision]), a local directory, or 'bundled'.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="D",
+    help="auto, cpu, cuda or cuda:N. A device that is missing is an error.",
+)
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="What the model computes in; auto is float32 on a CPU.",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    metavar="T",
+    help="Score from which a label is a tag. [default: the checkpoint's own per label, else 0.2]",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(1),
+    metavar="K",
+    help="Keep at most the K highest tags of a clip.",
+)
+@click.option(
+    "--pool",
+    type=click.Choice(["max", "mean"]),
+    default="max",
+    show_default=True,
+    help="How a clip's score is made from those of its chunks.",
+)
+@click.option(
+    "--score-type",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="How scores are stored; float16 halves the table, but BigQuery cannot read it.",
+)
+@click.option(
+    "--chunks", is_flag=True, help="Keep the scores of every chunk, with its start and end."
+)
+@click.option("--embeddings", is_flag=True, help="Keep the student's embedding of every clip.")
+@click.option(
+    "--limit", type=click.IntRange(1), metavar="N", help="Annotate the first N clips only."
+)
+@click.option(
+    "--files-per-shard",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="How many loose audio files make a shard.",
+)
+@click.option("--overwrite", is_flag=True, help="Remove an earlier run's files from DIR first.")
+@click.option(
+    "--max-failure-ratio",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    metavar="R",
+    help="Exit with 1 when more than this share of all clips failed.",
+)
+@click.option("--verbose", "-v", is_flag=True, help="Show Beam's log, and tracebacks.")
+@click.pass_context
+def annotate(
+    context: click.Context, inputs: tuple[str, ...], verbose: bool, **options: Any
+) -> None:
+    """Tag every clip in INPUT and write Parquet.
+
+    An INPUT is a WebDataset tar, a Parquet file with an audio column, an audio
+    file, a folder (walked recursively) or a quoted glob of these.
+    """
+    from pipeline.options import AnnotateOptions, UsageError, split_beam_options
+
+    own = [name for parameter in context.command.params for name in parameter.opts]
+    with _errors(verbose):
+        paths, beam = split_beam_options(inputs, own)
+        if not paths:
+            raise UsageError("Missing argument 'INPUT...'.")
+        _run(AnnotateOptions(inputs=paths, beam=beam, **options), verbose)
+
+
+def _run(options: Any, verbose: bool) -> None:
+    _quiet(verbose)
+    from rich.console import Console
+
+    from pipeline import display
+    from pipeline.run import execute, prepare
+
+    out, err = Console(), Console(stderr=True)
+    job = prepare(options)
+    display.show_job(job, err)
+    outcome = execute(job, lambda job, folder: display.live(job, folder, err))
+    display.show_outcome(outcome, options.output, out)
+    if outcome.failure_ratio > options.max_failure_ratio:
+        err.print(
+            f"Error: {outcome.total.failed:,} of {outcome.total.clips:,} clips failed, more than "
+            f"--max-failure-ratio {options.max_failure_ratio}; their rows say why",
+            style="red",
+            highlight=False,
+        )
+        sys.exit(EXIT_FAILURES)
+
+
+@contextlib.contextmanager
+def _errors(verbose: bool) -> Any:
+    """Turns what went wrong into one sentence and an exit code."""
+    from pipeline.options import UsageError
+
+    try:
+        yield
+    except UsageError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        click.echo(
+            "Stopped. Finished shards are kept: run the same command again to go on.", err=True
+        )
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        if verbose:
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        click.echo(
+            f"Error: the run stopped: {type(error).__name__}: {first}\n"
+            "Finished shards are kept: run the same command again to go on, with --verbose to see more.",
+            err=True,
+        )
+        sys.exit(EXIT_FAILURES)
+
+
+def _quiet(verbose: bool) -> None:
+    """Leaves the terminal to what earmark says, unless `verbose`."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
+    # A progress bar of the hub's own is welcome only where someone watches.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> None:
+    """The console script `earmark`."""
+    cli(prog_name="earmark")

@@ -1,0 +1,99 @@
+"""What a user can ask of `earmark annotate`, and Beam's own options beside it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from transforms.score import Pool
+from transforms.write import ScoreType
+
+# Beam's `DirectRunner` is another engine online (Prism, which it downloads) than
+# offline. This is the in-process one by name, the same everywhere.
+DEFAULT_RUNNER = "FnApiRunner"
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done; the message says why and what to do instead."""
+
+
+@dataclass(frozen=True)
+class AnnotateOptions:
+    """The options of `earmark annotate`; `--help` describes them."""
+
+    inputs: tuple[str, ...]
+    output: str
+    checkpoint: str
+    device: str = "auto"
+    dtype: str = "auto"
+    threshold: float | None = None  # None: the checkpoint's own
+    top_k: int | None = None
+    pool: Pool = "max"
+    score_type: ScoreType = "float32"
+    chunks: bool = False
+    embeddings: bool = False
+    limit: int | None = None
+    files_per_shard: int = 256
+    overwrite: bool = False
+    max_failure_ratio: float = 0.5
+    beam: tuple[str, ...] = ()
+
+
+def split_beam_options(
+    arguments: Sequence[str], own_options: Iterable[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tells inputs from Beam's options: `(inputs, beam_options)`.
+
+    Args:
+        arguments: what is left of the command line once earmark's own options are
+            taken, in order, values of unknown options among them.
+        own_options: earmark's option names, to suggest for a mistyped one.
+
+    Raises:
+        UsageError: an option is neither earmark's nor Beam's, or lacks its value.
+    """
+    if not any(argument.startswith("-") for argument in arguments):
+        return tuple(arguments), ()  # spares the import of Beam
+    parser = _beam_parser()
+    known = parser._option_string_actions
+    inputs: list[str] = []
+    beam: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-") or argument == "-":
+            inputs.append(argument)
+            continue
+        name, has_value, _ = argument.partition("=")
+        if name not in known:
+            close = difflib.get_close_matches(name, [*own_options, *known], n=1, cutoff=0.6)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise UsageError(f"No such option: {name}.{hint}")
+        beam.append(argument)
+        if known[name].nargs != 0 and not has_value:
+            if not rest:
+                raise UsageError(f"Option {name} needs a value.")
+            beam.append(rest.pop(0))
+    parser.parse_args(beam)
+    return tuple(inputs), tuple(beam)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"Beam does not take this: {message}")
+
+
+def _beam_parser() -> argparse.ArgumentParser:
+    """A parser of all of Beam's pipeline options, those of its cloud runners included."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    parser = _Parser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    for group in PipelineOptions.__subclasses__():
+        if "_add_argparse_args" in vars(group):
+            group._add_argparse_args(parser)
+    for action in parser._actions:
+        action.required = False  # whether a runner needs it is for the runner to say
+    return parser

@@ -1,0 +1,5 @@
+"""A stub: pyproject.toml says everything. Beam's `--setup_file` wants a file of this name."""
+
+import setuptools
+
+setuptools.setup()

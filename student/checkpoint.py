@@ -1,0 +1,188 @@
+"""Finds a checkpoint and reads the facts that travel with it.
+
+A checkpoint is a directory in Hugging Face's format: `config.json`,
+`preprocessor_config.json`, the weights, and optionally `thresholds.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from student import BUNDLED
+from student.features import FeatureSpec
+from student.labels import Label, checkpoint_labels
+
+BUNDLED_DIRECTORY = Path(__file__).parent / "bundled"
+MODEL_TYPE = "audio-spectrogram-transformer"
+DEFAULT_THRESHOLD = 0.2  # where a checkpoint states none; bookbot's own choice for Distil-AST
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_FILES = ["*.json", "*.safetensors", "README.md"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be found, read or used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything about a checkpoint but its weights."""
+
+    name: str  # as it was asked for
+    directory: Path
+    labels: tuple[Label, ...]
+    features: FeatureSpec
+    thresholds: tuple[float, ...]  # one a label
+    has_own_thresholds: bool
+    weights_sha256: str
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether this is the demonstration student that comes with the package."""
+        return self.directory == BUNDLED_DIRECTORY
+
+
+def read_checkpoint(checkpoint: str) -> Checkpoint:
+    """Finds `checkpoint` and reads its facts; loads no weights.
+
+    Args:
+        checkpoint: `bundled`, a local directory, or a Hugging Face id, optionally
+            with a revision: `owner/name@revision`.
+
+    Raises:
+        CheckpointError: it is not there, or not an AST classifier's.
+    """
+    directory = find_checkpoint(checkpoint)
+    config = _read_json(directory / "config.json")
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{directory / 'config.json'} is of model_type {config.get('model_type')!r}; "
+            f"earmark runs {MODEL_TYPE!r} (ASTForAudioClassification)"
+        )
+    try:
+        features = FeatureSpec.from_preprocessor_config(
+            _read_json(directory / "preprocessor_config.json")
+        )
+        id2label = {int(index): str(name) for index, name in config.get("id2label", {}).items()}
+        labels = checkpoint_labels(id2label, config.get("label_mids"))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint!r}: {error}") from error
+    for name, ours in (("num_mel_bins", 128), ("max_length", 1024)):
+        model_value, feature_value = config.get(name, ours), getattr(features, name)
+        if model_value != feature_value:
+            raise CheckpointError(
+                f"checkpoint {checkpoint!r}: {name} is {model_value} in config.json but "
+                f"{feature_value} in preprocessor_config.json; they must agree"
+            )
+    thresholds_file = directory / "thresholds.json"
+    own = thresholds_file.exists()
+    return Checkpoint(
+        name=checkpoint,
+        directory=directory,
+        labels=labels,
+        features=features,
+        thresholds=_thresholds(thresholds_file, labels)
+        if own
+        else (DEFAULT_THRESHOLD,) * len(labels),
+        has_own_thresholds=own,
+        weights_sha256=_sha256(_weight_files(directory)),
+    )
+
+
+def find_checkpoint(checkpoint: str) -> Path:
+    """The local directory of a checkpoint, fetched from the Hugging Face Hub if need be.
+
+    Raises:
+        CheckpointError: no such directory, no such id, or no network.
+    """
+    if checkpoint == BUNDLED:
+        return BUNDLED_DIRECTORY
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint).resolve()
+    if not _HUB_ID.fullmatch(checkpoint) or checkpoint.startswith("."):
+        raise CheckpointError(
+            f"checkpoint {checkpoint!r} is neither {BUNDLED!r}, nor an existing directory, nor a "
+            "Hugging Face id such as 'bookbot/distil-ast-audioset'"
+        )
+
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo_id, _, revision = checkpoint.partition("@")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo_id, revision=revision or None, allow_patterns=_HUB_FILES
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint!r} is gated: accept its terms on the Hugging Face Hub, then `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"checkpoint {repo_id!r} has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the Hugging Face Hub has no checkpoint {checkpoint!r}, or it is private: check the "
+            "spelling, or log in with `hf auth login`"
+        ) from error
+    except (OSError, errors.HfHubHTTPError) as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint!r} is not in the local cache and the Hugging Face Hub cannot be "
+            f"reached: connect to the network once, or give a local directory (`hf download {repo_id} "
+            f"--local-dir DIR` elsewhere, then --checkpoint DIR), or use --checkpoint {BUNDLED}"
+        ) from error
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{directory} holds no model.safetensors; convert older weights with transformers' "
+            "save_pretrained (earmark does not open pickled weights)"
+        )
+    return files
+
+
+def _thresholds(file: Path, labels: Sequence[Label]) -> tuple[float, ...]:
+    """Per-label thresholds: a JSON object of label mid or name to a number in [0, 1]."""
+    stated = _read_json(file)
+    known = {label.name for label in labels} | {label.mid for label in labels if label.mid}
+    for key, value in stated.items():
+        if key not in known:
+            raise CheckpointError(f"{file} states a threshold for {key!r}, which is no label of it")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise CheckpointError(f"{file}: the threshold of {key!r} is {value!r}, expected 0 to 1")
+    return tuple(
+        float(stated.get(label.mid, stated.get(label.name, DEFAULT_THRESHOLD))) for label in labels
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file.parent} holds no {file.name}; a checkpoint is a directory written by transformers' "
+            "save_pretrained, of the model and of its feature extractor"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""Log-mel features as AST was trained on them, in batched torch.
+
+The numbers are Kaldi's fbank as `transformers.ASTFeatureExtractor` calls it:
+25 ms periodic-free Hann frames every 10 ms without edge padding, per-frame DC
+removal, pre-emphasis 0.97, 512-point power spectrum, Kaldi mel filters from
+20 Hz to Nyquist, natural logarithm with a floor, then padding and normalisation
+in that order. Unlike Kaldi itself, samples stay in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+FRAME_SAMPLES = 400  # 25 ms at 16 kHz; transformers fixes it in samples for every rate
+HOP_SAMPLES = 160  # 10 ms at 16 kHz
+FFT_SAMPLES = 512
+PREEMPHASIS = 0.97
+LOW_HZ = 20.0
+POWER_FLOOR = 1.1920928955078125e-07  # float32 epsilon, Kaldi's floor under the logarithm
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """A checkpoint's feature numbers; the defaults are those of `ASTFeatureExtractor`."""
+
+    sample_rate: int = 16_000  # Hz
+    num_mel_bins: int = 128
+    max_length: int = 1_024  # frames
+    mean: float = -4.2677393
+    std: float = 4.5689974
+    do_normalize: bool = True
+
+    @classmethod
+    def from_preprocessor_config(cls, config: Mapping[str, Any]) -> FeatureSpec:
+        """Reads `preprocessor_config.json`'s entries, with transformers' defaults.
+
+        Raises:
+            ValueError: the file describes another feature extractor, or numbers
+                that cannot be right.
+        """
+        kind = config.get("feature_extractor_type", "ASTFeatureExtractor")
+        if kind != "ASTFeatureExtractor":
+            raise ValueError(f"feature_extractor_type is {kind!r}, expected 'ASTFeatureExtractor'")
+        default = cls()
+        spec = cls(
+            sample_rate=int(config.get("sampling_rate", default.sample_rate)),
+            num_mel_bins=int(config.get("num_mel_bins", default.num_mel_bins)),
+            max_length=int(config.get("max_length", default.max_length)),
+            mean=float(config.get("mean", default.mean)),
+            std=float(config.get("std", default.std)),
+            do_normalize=bool(config.get("do_normalize", default.do_normalize)),
+        )
+        if min(spec.sample_rate, spec.num_mel_bins, spec.max_length) < 1 or spec.std <= 0:
+            raise ValueError(f"{spec} has a number that is not positive")
+        return spec
+
+    @property
+    def chunk_samples(self) -> int:
+        """Samples in one full chunk: 163,840 (10.24 s) for AST's 1,024 frames."""
+        return self.max_length * HOP_SAMPLES
+
+    @property
+    def chunk_s(self) -> float:
+        """Length of one full chunk in seconds."""
+        return self.chunk_samples / self.sample_rate
+
+
+def mel_filters(num_mel_bins: int, sample_rate: int) -> NDArray[np.float64]:
+    """Kaldi's triangular filters, float64 [257 spectrum bins, mel bins].
+
+    Triangles are equally wide and linear on the mel scale 1127 ln(1 + f/700),
+    from 20 Hz to Nyquist; Kaldi gives the Nyquist bin no weight.
+    """
+
+    def mel(hz: Any) -> Any:
+        return 1127.0 * np.log(1.0 + hz / 700.0)
+
+    edges = np.linspace(mel(LOW_HZ), mel(sample_rate / 2), num_mel_bins + 2)
+    spectrum = mel(np.arange(FFT_SAMPLES // 2 + 1) * sample_rate / FFT_SAMPLES)[:, None]
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    rising = (spectrum - left) / (centre - left)
+    falling = (right - spectrum) / (right - centre)
+    filters: NDArray[np.float64] = np.maximum(0.0, np.minimum(rising, falling))
+    return filters
+
+
+class LogMel(torch.nn.Module):
+    """Turns waveforms into AST's input on the device that the module is on."""
+
+    window: torch.Tensor
+    filters: torch.Tensor
+
+    def __init__(self, spec: FeatureSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        # float64 on purpose: in float32 a loud tone's rounding noise reaches the
+        # quiet bins, whose logarithm then differs from transformers' by 1e-2.
+        window = torch.hann_window(FRAME_SAMPLES, periodic=False, dtype=torch.float64)
+        filters = torch.from_numpy(mel_filters(spec.num_mel_bins, spec.sample_rate))
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
+
+    def power(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """Mel power, float64 [n, frames, mel bins], of float32 [n, samples]; no floor, no padding."""
+        frames = waveforms.to(torch.float64).unfold(1, FRAME_SAMPLES, HOP_SAMPLES)
+        frames = frames - frames.mean(dim=2, keepdim=True)
+        previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)
+        frames = (frames - PREEMPHASIS * previous) * self.window
+        spectrum = torch.fft.rfft(frames, n=FFT_SAMPLES)
+        power: torch.Tensor = (spectrum.real.square() + spectrum.imag.square()) @ self.filters
+        return power
+
+    def forward(self, waveforms: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """AST's input features.
+
+        Args:
+            waveforms: float32 [n, samples], zero beyond each one's length.
+            lengths: int64 [n], samples of each waveform.
+
+        Returns:
+            float32 [n, max_length, mel bins]. Frames beyond a waveform's end are
+            zero before normalisation, as AST was trained; a waveform shorter than
+            one frame (400 samples) is all padding; frames past max_length are cut.
+        """
+        spec = self.spec
+        used = min(waveforms.shape[1], (spec.max_length - 1) * HOP_SAMPLES + FRAME_SAMPLES)
+        features = waveforms.new_zeros((len(waveforms), spec.max_length, spec.num_mel_bins))
+        if used >= FRAME_SAMPLES:
+            frames = 1 + (used - FRAME_SAMPLES) // HOP_SAMPLES
+            counts = (lengths - FRAME_SAMPLES).div(HOP_SAMPLES, rounding_mode="floor") + 1
+            inside = torch.arange(frames, device=waveforms.device) < counts[:, None]
+            # A CPU is twice as fast with one waveform at a time, in its caches.
+            at_once = 1 if waveforms.device.type == "cpu" else len(waveforms)
+            for first in range(0, len(waveforms), at_once):
+                rows = slice(first, first + at_once)
+                log_mel = self.power(waveforms[rows, :used]).clamp_min(POWER_FLOOR).log()
+                kept = torch.where(inside[rows, :, None], log_mel, 0.0)
+                features[rows, :frames] = kept.to(features.dtype)
+        if spec.do_normalize:
+            features = (features - spec.mean) / (2 * spec.std)
+        return features

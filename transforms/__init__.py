@@ -1,0 +1,6 @@
+"""The steps from a shard of audio to a Parquet file of tags.
+
+In the order in which a clip meets them: `shards` (what to read), `read`, `decode`,
+`chunk`, `score`, `write`; `annotate` joins them for one shard and for Beam. Only
+`annotate` imports Beam.
+"""

@@ -1,0 +1,57 @@
+"""Runs an iterator ahead of its consumer, in a thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_POLL_S = 0.2  # how soon the thread notices that its consumer has gone
+
+
+def read_ahead(items: Iterable[T], max_items: int) -> Iterator[T]:
+    """Yields `items`, made by a thread that is at most `max_items` ahead.
+
+    Decoding releases the GIL, so it overlaps the model. An exception of the
+    thread is raised here, in its place. When the consumer stops early, the thread
+    stops too before this returns, so that nothing it reads is closed under it.
+    """
+    ahead: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(max_items)
+    abandoned = threading.Event()
+
+    def put(kind: str, value: T | BaseException | None) -> bool:
+        while not abandoned.is_set():
+            try:
+                ahead.put((kind, value), timeout=_POLL_S)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+        except BaseException as error:  # handed to the consumer, which raises it
+            put("error", error)
+        else:
+            put("end", None)
+
+    thread = threading.Thread(target=produce, name="earmark-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ahead.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                assert isinstance(value, BaseException)
+                raise value
+            yield value  # type: ignore[misc]  # kind "item" carries a T
+    finally:
+        abandoned.set()
+        thread.join()

@@ -1,0 +1,96 @@
+"""The things that move through the pipeline, in the order in which they appear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ClipError(Exception):
+    """Why one clip has no scores; becomes the `error` of its row.
+
+    `stage` is where it happened ("read" or "decode"), `type` a short stable
+    name to group by, `message` one sentence without paths or memory addresses.
+    """
+
+    def __init__(self, stage: str, type: str, message: str) -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.type = type
+        self.message = message
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work: read as one, published as one Parquet file named `id`.
+
+    `id` depends only on what is in the shard and where, so that the same input
+    has the same output name in every run.
+    """
+
+    id: str
+    uri: str  # the tar, the Parquet file, or the folder of the files
+    kind: Literal["tar", "parquet", "files"]
+    size_bytes: int
+    files: tuple[str, ...] = ()  # paths relative to `uri`, for kind "files"
+    row_groups: tuple[int, int] | None = None  # first and one past the last, for kind "parquet"
+    max_clips: int | None = None  # stop after so many clips (--limit)
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """A clip as it lies in its shard. `audio` is open until the next clip is read."""
+
+    member: str
+    audio: BinaryIO  # seekable
+    size_bytes: int
+    xxh128: str  # of the encoded bytes
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class UnreadableClip:
+    """A place in a shard where a clip should be and none can be read."""
+
+    member: str | None  # None where the shard itself is broken
+    error: ClipError
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a clip, as long as the student hears at once, or the whole of a shorter clip."""
+
+    start_s: float
+    end_s: float
+    waveform: NDArray[np.float32]  # [samples], mono, at the student's rate
+
+
+@dataclass(frozen=True)
+class ClipEnd:
+    """Follows the last chunk of a clip and says what the clip was."""
+
+    member: str | None
+    size_bytes: int
+    xxh128: str | None
+    metadata: dict[str, Any]
+    codec: str | None = None
+    sample_rate: int | None = None
+    channels: int | None = None
+    duration_s: float | None = None
+    peak_dbfs: float | None = None
+    rms_dbfs: float | None = None
+    error: ClipError | None = None
+
+
+@dataclass(frozen=True)
+class ScoredClip:
+    """A clip with the scores of its chunks pooled; no scores where `clip.error` is set."""
+
+    clip: ClipEnd
+    scores: NDArray[np.float32] | None  # [labels]
+    embedding: NDArray[np.float32] | None  # [embedding_size], mean over the chunks
+    chunks: list[tuple[float, float, NDArray[np.float32]]]  # (start_s, end_s, scores [labels])

@@ -1,0 +1,278 @@
+"""Writes the scored clips of a shard as one Parquet file, published in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from student.labels import Label
+from transforms.records import ScoredClip, Shard
+
+ScoreType = Literal["float32", "float16"]
+
+CLIPS_FOLDER = "clips"
+UNFINISHED_FOLDER = "_unfinished"
+RUN_KEY = b"earmark.run"  # Parquet key-value metadata: the run description, as in run.json
+SHARD_KEY = b"earmark.shard"  # Parquet key-value metadata: the ShardSummary
+
+# Rows are held as columns of one row group: large enough to scan fast (17 MB of
+# 527 float32 scores), small enough to hold in memory.
+ROWS_PER_GROUP = 8_192
+CHUNK_SCORES_PER_GROUP = 32_768  # rows with the scores of many chunks fill a group sooner
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What of a scored clip goes into its row."""
+
+    thresholds: tuple[float, ...]  # one a label
+    top_k: int | None = None  # tags per clip at most
+    chunks: bool = False
+    embeddings: bool = False
+    score_type: ScoreType = "float32"
+
+
+@dataclass
+class ShardSummary:
+    """Totals of one shard; kept in its file's footer, so that nobody reads rows to count."""
+
+    clips: int = 0
+    failed: int = 0
+    audio_s: float = 0.0
+    failures: Counter[str] = field(default_factory=Counter)  # "stage/type" -> clips
+    tags: Counter[str] = field(default_factory=Counter)  # label name -> clips
+
+    def __add__(self, other: ShardSummary) -> ShardSummary:
+        return ShardSummary(
+            self.clips + other.clips,
+            self.failed + other.failed,
+            self.audio_s + other.audio_s,
+            self.failures + other.failures,
+            self.tags + other.tags,
+        )
+
+
+def clips_schema(labels: int, embedding_size: int, options: RowOptions) -> pa.Schema:
+    """The columns of `clips/*.parquet`; docs/schema.md describes them."""
+    score = pa.float16() if options.score_type == "float16" else pa.float32()
+    scores = pa.list_(score, labels)
+    fields: list[tuple[str, pa.DataType]] = [
+        ("clip_id", pa.string()),
+        ("shard", pa.string()),
+        ("member", pa.string()),
+        ("duration_s", pa.float64()),
+        ("sample_rate", pa.int32()),
+        ("channels", pa.int16()),
+        ("codec", pa.string()),
+        ("audio_xxh128", pa.string()),
+        ("peak_dbfs", pa.float32()),
+        ("rms_dbfs", pa.float32()),
+        ("tags", pa.list_(pa.struct(
+            [("index", pa.int16()), ("mid", pa.string()), ("name", pa.string()), ("score", pa.float32())]
+        ))),
+        ("scores", scores),
+        ("metadata", pa.string()),
+        ("error", pa.struct([("stage", pa.string()), ("type", pa.string()), ("message", pa.string())])),
+    ]  # fmt: skip
+    if options.chunks:
+        chunk = pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("scores", scores)])
+        fields.append(("chunks", pa.list_(chunk)))
+    if options.embeddings:
+        fields.append(("embedding", pa.list_(pa.float32(), embedding_size)))
+    return pa.schema(
+        [pa.field(name, kind, nullable=name not in ("clip_id", "shard")) for name, kind in fields]
+    )
+
+
+def clip_row(
+    scored: ScoredClip, shard: Shard, clip_id: str, labels: Sequence[Label], options: RowOptions
+) -> dict[str, Any]:
+    """A clip as a row of `clips_schema`."""
+    clip = scored.clip
+    row: dict[str, Any] = {
+        "clip_id": clip_id,
+        "shard": shard.uri,
+        "member": clip.member,
+        "duration_s": clip.duration_s,
+        "sample_rate": clip.sample_rate,
+        "channels": clip.channels,
+        "codec": clip.codec,
+        "audio_xxh128": clip.xxh128,
+        "peak_dbfs": clip.peak_dbfs,
+        "rms_dbfs": clip.rms_dbfs,
+        "tags": None if scored.scores is None else tags_of(scored.scores, labels, options),
+        "scores": scored.scores,
+        "metadata": json.dumps(clip.metadata, ensure_ascii=False, default=str)
+        if clip.metadata
+        else None,
+        "error": None
+        if clip.error is None
+        else {"stage": clip.error.stage, "type": clip.error.type, "message": clip.error.message},
+    }
+    if options.chunks:
+        row["chunks"] = None if scored.scores is None else scored.chunks
+    if options.embeddings:
+        row["embedding"] = scored.embedding
+    return row
+
+
+def tags_of(
+    scores: np.ndarray[Any, np.dtype[np.float32]], labels: Sequence[Label], options: RowOptions
+) -> list[dict[str, Any]]:
+    """The labels whose score reaches their threshold, highest first, at most `top_k`."""
+    # The score as it is stored decides, so that the table agrees with itself.
+    stored = scores.astype(options.score_type).astype(np.float32)
+    reached = np.flatnonzero(stored >= np.asarray(options.thresholds, np.float32))
+    best = reached[np.argsort(-stored[reached], kind="stable")][: options.top_k]
+    return [
+        {
+            "index": label.index,
+            "mid": label.mid,
+            "name": label.name,
+            "score": float(stored[label.index]),
+        }
+        for label in (labels[index] for index in best)
+    ]
+
+
+def rows_to_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows of `clip_row` as a table; score vectors go in without a Python list of floats."""
+    columns = []
+    for column in schema:
+        values = [row[column.name] for row in rows]
+        if column.name == "chunks":
+            columns.append(_chunks_array(values, column.type))
+        elif pa.types.is_fixed_size_list(column.type):
+            columns.append(_vectors_array(values, column.type))
+        else:
+            columns.append(pa.array(values, column.type))
+    return pa.table(columns, schema=schema)
+
+
+def _vectors_array(vectors: Sequence[Any], kind: pa.FixedSizeListType) -> pa.Array:
+    missing = np.array([vector is None for vector in vectors], bool)
+    matrix = np.zeros((len(vectors), kind.list_size), kind.value_type.to_pandas_dtype())
+    if not missing.all():
+        matrix[~missing] = np.stack([vector for vector in vectors if vector is not None])
+    values = pa.array(matrix.ravel(), kind.value_type)
+    return pa.FixedSizeListArray.from_arrays(values, type=kind, mask=pa.array(missing))
+
+
+def _chunks_array(clips: Sequence[Any], kind: pa.ListType) -> pa.Array:
+    flat = [chunk for chunks in clips if chunks is not None for chunk in chunks]
+    offsets = np.concatenate(
+        [[0], np.cumsum([0 if chunks is None else len(chunks) for chunks in clips])]
+    )
+    struct = pa.StructArray.from_arrays(
+        [
+            pa.array([start for start, _, _ in flat], pa.float64()),
+            pa.array([end for _, end, _ in flat], pa.float64()),
+            _vectors_array([scores for _, _, scores in flat], kind.value_type.field("scores").type),
+        ],
+        fields=list(kind.value_type),
+    )
+    missing = pa.array([chunks is None for chunks in clips])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), struct, type=kind, mask=missing)
+
+
+def write_rows(
+    rows: Iterable[Mapping[str, Any]], schema: pa.Schema, destination: Path, run: str
+) -> ShardSummary:
+    """Writes `rows` to `destination`, which appears complete or not at all.
+
+    The rows go to a file of their own beside the output, which is renamed when it
+    is whole and on disk. Two writers of one destination both succeed; the file
+    is one or the other, and both are the same.
+
+    Args:
+        destination: `OUTPUT/clips/<shard_id>.parquet`.
+        run: the run description, JSON, for the file's metadata.
+    """
+    unfinished = destination.parent.parent / UNFINISHED_FOLDER
+    unfinished.mkdir(parents=True, exist_ok=True)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    mark = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    partial = unfinished / f"{destination.stem[:150]}.{mark}"
+    summary = ShardSummary()
+    try:
+        with (
+            partial.open("wb") as stream,
+            pq.ParquetWriter(stream, schema, compression="zstd") as writer,
+        ):
+            group: list[Mapping[str, Any]] = []
+            chunk_scores = 0
+            for row in rows:
+                group.append(row)
+                chunk_scores += len(row.get("chunks") or ())
+                _count(summary, row)
+                if len(group) >= ROWS_PER_GROUP or chunk_scores >= CHUNK_SCORES_PER_GROUP:
+                    writer.write_table(rows_to_table(group, schema))
+                    group, chunk_scores = [], 0
+            if group or summary.clips == 0:
+                writer.write_table(rows_to_table(group, schema))
+            writer.add_key_value_metadata(
+                {RUN_KEY: run.encode(), SHARD_KEY: json.dumps(asdict(summary)).encode()}
+            )
+            writer.close()
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, destination)
+    finally:
+        partial.unlink(missing_ok=True)
+    return summary
+
+
+def _count(summary: ShardSummary, row: Mapping[str, Any]) -> None:
+    summary.clips += 1
+    summary.audio_s += row["duration_s"] or 0.0
+    if row["error"] is not None:
+        summary.failed += 1
+        summary.failures[f"{row['error']['stage']}/{row['error']['type']}"] += 1
+    summary.tags.update(tag["name"] for tag in row["tags"] or ())
+
+
+def read_summary(file: Path) -> ShardSummary:
+    """The totals in a finished file's footer.
+
+    Raises:
+        ValueError: the file is no finished output of earmark.
+    """
+    try:
+        metadata = pq.read_metadata(file).metadata or {}
+        stated = json.loads(metadata[SHARD_KEY])
+    except (KeyError, ValueError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{file} is not a file that earmark finished; remove it and run again"
+        ) from error
+    stated["failures"] = Counter(stated["failures"])
+    stated["tags"] = Counter(stated["tags"])
+    return ShardSummary(**stated)
+
+
+def remove_abandoned(output: Path) -> None:
+    """Deletes the unfinished files of processes of this host that are gone."""
+    for partial in (output / UNFINISHED_FOLDER).glob("*"):
+        host, _, rest = partial.name.rpartition(".")[0].rpartition(".")
+        if host.endswith(f".{socket.gethostname()}") and not _is_running(rest):
+            partial.unlink(missing_ok=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
