@@ -129,6 +129,38 @@ def annotate(
         _run(AnnotateOptions(inputs=paths, beam=beam, **options), verbose)
 
 
+@cli.command()
+@click.argument("folder", default="demo", metavar="[FOLDER]")
+@click.option("--verbose", "-v", is_flag=True, help="Show Beam's log, and tracebacks.")
+def demo(folder: str, verbose: bool) -> None:
+    """Synthesise a few shards, tag them, and show truth beside tags.
+
+    FOLDER (default: demo) receives `shards/` and the output `tags/`.
+    """
+    from pathlib import Path
+
+    from pipeline.options import AnnotateOptions
+
+    with _errors(verbose):
+        from rich.console import Console
+
+        from pipeline.demo import show_truth, write_demo_shards
+
+        shards = write_demo_shards(Path(folder) / "shards")
+        click.echo(f"Wrote {' and '.join(str(shard) for shard in shards)}", err=True)
+        output = Path(folder) / "tags"
+        _run(
+            AnnotateOptions(
+                inputs=(str(Path(folder) / "shards"),),
+                output=str(output),
+                checkpoint=BUNDLED,
+                overwrite=True,
+            ),
+            verbose,
+        )
+        show_truth(output, Console())
+
+
 def _run(options: Any, verbose: bool) -> None:
     _quiet(verbose)
     from rich.console import Console
@@ -181,6 +213,9 @@ def _errors(verbose: bool) -> Any:
 def _quiet(verbose: bool) -> None:
     """Leaves the terminal to what earmark says, unless `verbose`."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
+    if not verbose:
+        # Beam logs the traceback of what `_errors` says in a sentence.
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     # A progress bar of the hub's own is welcome only where someone watches.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -32,7 +32,6 @@ from transforms.records import Shard
 from transforms.shards import InputError, Plan, limit_shards, outdated, plan_shards
 from transforms.write import (
     CLIPS_FOLDER,
-    UNFINISHED_FOLDER,
     RowOptions,
     ShardSummary,
     read_summary,
@@ -95,6 +94,8 @@ def prepare(options: AnnotateOptions) -> Job:
         UsageError: an option, an input, the checkpoint, the device or the output
             cannot be used as asked.
     """
+    if "://" in options.output:
+        raise UsageError(f"--output {options.output!r} is a URL; give a local folder")
     try:
         device = choose_device(options.device)
         dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
@@ -155,6 +156,7 @@ def execute(job: Job, watch: Callable[[Job, Path], AbstractContextManager[Any]])
                 annotate(root, job.todo, annotation)
                 root.run().wait_until_finish()
     wall_s = time.monotonic() - started
+    remove_abandoned(output)
     return _sum_up(output, {shard.id for shard in job.todo}, wall_s)
 
 
@@ -272,8 +274,7 @@ def _empty(output: Path) -> None:
     """Removes what earmark put into `output`, and nothing else."""
     if not (output / RUN_FILE).exists():
         return
-    for folder in (CLIPS_FOLDER, UNFINISHED_FOLDER):
-        shutil.rmtree(output / folder, ignore_errors=True)
+    shutil.rmtree(output / CLIPS_FOLDER, ignore_errors=True)
     # run.json last: until then an interrupted --overwrite is still recognised.
     for name in (LABELS_FILE, SUMMARY_FILE, RUN_FILE):
         (output / name).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from typing import Literal, overload
 
 import numpy as np
 import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from numpy.typing import NDArray
 from transformers import ASTForAudioClassification
 from transformers.utils import logging as transformers_logging
@@ -214,7 +215,9 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def _load_model(checkpoint: Checkpoint) -> ASTForAudioClassification:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its progress bars and reports are for people
-    transformers_logging.disable_progress_bar()
+    bars = not are_progress_bars_disabled()
+    if bars:
+        transformers_logging.disable_progress_bar()
     try:
         model, report = ASTForAudioClassification.from_pretrained(
             checkpoint.directory,
@@ -229,7 +232,8 @@ def _load_model(checkpoint: Checkpoint) -> ASTForAudioClassification:
         ) from error
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
     absent = sorted(report["missing_keys"])
     if absent:
         raise CheckpointError(

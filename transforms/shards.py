@@ -52,6 +52,7 @@ def plan_shards(patterns: Sequence[str], files_per_shard: int = FILES_PER_SHARD)
     """
     shards: dict[str, Shard] = {}
     loose: dict[str, dict[str, int]] = {}  # root -> relative path -> bytes
+    taken: set[str] = set()  # audio files, so that overlapping inputs give no file twice
     ignored: Counter[str] = Counter()
     for pattern in patterns:
         fs, path = _file_system(pattern)
@@ -68,8 +69,10 @@ def plan_shards(patterns: Sequence[str], files_per_shard: int = FILES_PER_SHARD)
                     passed_over[".parquet without audio"] += 1
                     continue
             elif named or is_audio(file):
-                relative = posixpath.relpath(file, root)
-                loose.setdefault(_uri(fs, root), {})[relative] = size
+                if uri not in taken:
+                    taken.add(uri)
+                    relative = posixpath.relpath(file, root)
+                    loose.setdefault(_uri(fs, root), {})[relative] = size
             else:
                 passed_over[posixpath.splitext(file)[1] or "no suffix"] += 1
                 continue

@@ -8,7 +8,7 @@ import socket
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from transforms.records import ScoredClip, Shard
 ScoreType = Literal["float32", "float16"]
 
 CLIPS_FOLDER = "clips"
-UNFINISHED_FOLDER = "_unfinished"
+PARTIAL_SUFFIX = ".partial"  # and a dot before: no reader of Parquet folders takes it for data
 RUN_KEY = b"earmark.run"  # Parquet key-value metadata: the run description, as in run.json
 SHARD_KEY = b"earmark.shard"  # Parquet key-value metadata: the ShardSummary
 
@@ -161,12 +161,18 @@ def rows_to_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Ta
 
 
 def _vectors_array(vectors: Sequence[Any], kind: pa.FixedSizeListType) -> pa.Array:
+    """Vectors as fixed-size lists; a missing one is a list of nulls, not a null list.
+
+    pyarrow writes null fixed-size lists but up to version 25 cannot read them back
+    (apache/arrow issue 35692): one failed clip would make its whole file unreadable.
+    """
     missing = np.array([vector is None for vector in vectors], bool)
     matrix = np.zeros((len(vectors), kind.list_size), kind.value_type.to_pandas_dtype())
     if not missing.all():
         matrix[~missing] = np.stack([vector for vector in vectors if vector is not None])
-    values = pa.array(matrix.ravel(), kind.value_type)
-    return pa.FixedSizeListArray.from_arrays(values, type=kind, mask=pa.array(missing))
+    absent = np.repeat(missing, kind.list_size)
+    values = pa.array(matrix.ravel(), kind.value_type, mask=absent)
+    return pa.FixedSizeListArray.from_arrays(values, type=kind)
 
 
 def _chunks_array(clips: Sequence[Any], kind: pa.ListType) -> pa.Array:
@@ -191,19 +197,17 @@ def write_rows(
 ) -> ShardSummary:
     """Writes `rows` to `destination`, which appears complete or not at all.
 
-    The rows go to a file of their own beside the output, which is renamed when it
-    is whole and on disk. Two writers of one destination both succeed; the file
+    The rows go to a hidden file beside it, which is renamed when it is whole and on
+    disk. Two writers of one destination both succeed; the file
     is one or the other, and both are the same.
 
     Args:
         destination: `OUTPUT/clips/<shard_id>.parquet`.
         run: the run description, JSON, for the file's metadata.
     """
-    unfinished = destination.parent.parent / UNFINISHED_FOLDER
-    unfinished.mkdir(parents=True, exist_ok=True)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    partial = unfinished / f"{destination.stem[:150]}.{mark}"
+    writer_mark = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    partial = destination.with_name(f".{destination.stem}.{writer_mark}{PARTIAL_SUFFIX}")
     summary = ShardSummary()
     try:
         with (
@@ -222,7 +226,7 @@ def write_rows(
             if group or summary.clips == 0:
                 writer.write_table(rows_to_table(group, schema))
             writer.add_key_value_metadata(
-                {RUN_KEY: run.encode(), SHARD_KEY: json.dumps(asdict(summary)).encode()}
+                {RUN_KEY: run.encode(), SHARD_KEY: json.dumps(vars(summary)).encode()}
             )
             writer.close()
             stream.flush()
@@ -261,10 +265,10 @@ def read_summary(file: Path) -> ShardSummary:
 
 
 def remove_abandoned(output: Path) -> None:
-    """Deletes the unfinished files of processes of this host that are gone."""
-    for partial in (output / UNFINISHED_FOLDER).glob("*"):
-        host, _, rest = partial.name.rpartition(".")[0].rpartition(".")
-        if host.endswith(f".{socket.gethostname()}") and not _is_running(rest):
+    """Deletes the partial files of processes of this host that are gone."""
+    for partial in (output / CLIPS_FOLDER).glob(f".*{PARTIAL_SUFFIX}"):
+        name, pid, _ = partial.name.removesuffix(PARTIAL_SUFFIX).rsplit(".", 2)
+        if name.endswith(f".{socket.gethostname()}") and not _is_running(pid):
             partial.unlink(missing_ok=True)
 
 

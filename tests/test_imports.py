@@ -1,0 +1,72 @@
+"""Imports point one way: student <- transforms <- pipeline, student <- training."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What each package may import of the project.
+ALLOWED = {
+    "student": {"student"},
+    "transforms": {"student", "transforms"},
+    # The readers and decoders of `transforms`, for the same clips in training as in use.
+    "training": {"student", "training", "transforms"},
+    "pipeline": {"student", "transforms", "training", "pipeline"},
+}
+FILES = sorted(file for package in ALLOWED for file in (ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_one_way(file):
+    package = file.relative_to(ROOT).parts[0]
+    ours = {module.split(".")[0] for module in imported(file)} & set(ALLOWED)
+    assert ours <= ALLOWED[package]
+
+
+@pytest.mark.parametrize("package", ["student", "training"])
+def test_the_model_and_its_training_never_load_beam(package):
+    modules = [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for file in FILES
+        if file.relative_to(ROOT).parts[0] == package
+    ]
+    code = f"import sys, {', '.join(modules)}; sys.exit('apache_beam' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_only_the_joint_of_the_steps_imports_beam():
+    users = {
+        str(file.relative_to(ROOT))
+        for file in FILES
+        if any(module.split(".")[0] == "apache_beam" for module in imported(file))
+    }
+    assert users == {"pipeline/options.py", "pipeline/run.py", "transforms/annotate.py"}
+
+
+def test_help_loads_neither_torch_nor_beam():
+    code = (
+        "import sys; from click.testing import CliRunner; from pipeline.cli import cli; "
+        "assert CliRunner().invoke(cli, ['annotate', '--help']).exit_code == 0; "
+        "sys.exit(bool({'torch', 'apache_beam', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_the_packages_are_this_projects(package):
+    """`pipeline` and `transforms` are common names: another distribution could shadow them."""
+    code = f"import {package}; print({package}.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert Path(found.stdout.strip()) == ROOT / package / "__init__.py"
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""

@@ -1,0 +1,647 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+
+from student import CheckpointError, DeviceError, Student
+from student.checkpoint import DEFAULT_THRESHOLD, find_checkpoint, read_checkpoint
+from student.features import FeatureSpec
+from student.labels import Label, audioset_labels
+from student.model import choose_device, choose_dtype
+
+Noise = Callable[..., NDArray[np.float32]]
+MakeCheckpoint = Callable[..., Path]
+
+CHUNK = 128 * 160  # samples of the tiny student
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+
+
+def by_transformers(
+    folder: Path, waveforms: list[NDArray[np.float32]]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(scores, embeddings) of transformers alone, one waveform at a time."""
+    extractor = ASTFeatureExtractor.from_pretrained(folder)
+    model = ASTForAudioClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    scores, embeddings = [], []
+    for waveform in waveforms:
+        inputs = extractor(waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt")
+        with torch.inference_mode():
+            pooled = model.audio_spectrogram_transformer(**inputs).pooler_output
+            scores.append(model(**inputs).logits.sigmoid()[0].numpy())
+        embeddings.append(pooled[0].numpy())
+    return np.stack(scores), np.stack(embeddings)
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, for a test to change."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def edit_json(file: Path, **entries: object) -> None:
+    content = json.loads(file.read_text("utf-8")) | entries
+    file.write_text(json.dumps(content), "utf-8")
+
+
+# ------------------------------------------------- the published student's size
+
+
+@pytest.fixture(scope="module")
+def distil_ast(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A random checkpoint with the architecture of bookbot/distil-ast-audioset."""
+    torch.manual_seed(6)
+    names = {label.index: label.name for label in audioset_labels()}
+    model = ASTForAudioClassification(ASTConfig(num_hidden_layers=6, id2label=names))
+    folder = tmp_path_factory.mktemp("distil-ast")
+    model.save_pretrained(folder)
+    ASTFeatureExtractor().save_pretrained(folder)
+    yield folder
+    shutil.rmtree(folder)  # 176 MB that pytest would keep
+
+
+@pytest.fixture(scope="module")
+def distil_student(distil_ast: Path) -> Student:
+    return Student.load(str(distil_ast), device="cpu")
+
+
+def test_distil_ast_has_44_066_831_parameters(distil_student: Student) -> None:
+    assert distil_student.parameters == 44_066_831
+
+
+def test_distil_ast_states_its_sizes(distil_student: Student) -> None:
+    assert distil_student.labels == audioset_labels()
+    assert distil_student.features == FeatureSpec()
+    assert distil_student.embedding_size == 768
+    assert distil_student.device == torch.device("cpu")
+    assert distil_student.dtype == torch.float32
+    assert distil_student.max_batch == 3  # of 1,214 tokens each
+
+
+def test_distil_ast_scores_and_embeddings_equal_transformers(
+    distil_ast: Path, distil_student: Student, noise: Noise
+) -> None:
+    seconds = np.arange(50_000) / 16_000
+    waveforms = [noise(163_840), (0.5 * np.sin(2 * np.pi * 440 * seconds)).astype(np.float32)]
+    scores, embeddings = distil_student.score(waveforms, embeddings=True)
+    expected_scores, expected_embeddings = by_transformers(distil_ast, waveforms)
+    assert (scores.dtype, scores.shape) == (np.float32, (2, 527))
+    assert (embeddings.dtype, embeddings.shape) == (np.float32, (2, 768))
+    assert np.abs(scores - expected_scores).max() <= 1e-5
+    assert np.abs(embeddings - expected_embeddings).max() <= 1e-4
+    # Otherwise the comparison would say nothing.
+    assert np.abs(scores[0] - scores[1]).max() > 0.01
+    assert np.ptp(scores[0]) > 0.3
+
+
+# -------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize(
+    "problem_type", [None, "single_label_classification", "multi_label_classification"]
+)
+def test_scores_are_sigmoids_whatever_the_problem_type(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, noise: Noise, problem_type: str | None
+) -> None:
+    names = [label.name for label in audioset_labels()]
+    folder = make_checkpoint(tmp_path / "tiny", names, problem_type=problem_type)
+    waveforms = [noise(CHUNK), noise(9_000, seed=1)]
+    scores = Student.load(str(folder), device="cpu").score(waveforms)
+    assert np.abs(scores - by_transformers(folder, waveforms)[0]).max() <= 1e-5
+    assert scores.sum(axis=1).min() > 2  # a softmax's would be 1
+
+
+def test_scores_alone_equal_scores_beside_embeddings(tiny_student: Student, noise: Noise) -> None:
+    alone = tiny_student.score([noise(CHUNK)])
+    scores, embeddings = tiny_student.score([noise(CHUNK)], embeddings=True)
+    assert np.array_equal(alone, scores)
+    assert embeddings.shape == (1, 32)
+
+
+def test_an_array_of_waveforms_equals_a_list(tiny_student: Student, noise: Noise) -> None:
+    waveforms = np.stack([noise(CHUNK), noise(CHUNK, seed=1)])
+    assert np.array_equal(tiny_student.score(waveforms), tiny_student.score(list(waveforms)))
+
+
+def test_more_waveforms_than_a_batch_equal_one_by_one(
+    tiny_student: Student, noise: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [CHUNK, 500, 9_000, 0, CHUNK, 12_345, 700]
+    waveforms = [noise(samples, seed) for seed, samples in enumerate(lengths)]
+    alone = [tiny_student.score([waveform], embeddings=True) for waveform in waveforms]
+    monkeypatch.setattr(tiny_student, "max_batch", 3)
+    scores, embeddings = tiny_student.score(waveforms, embeddings=True)
+    np.testing.assert_allclose(scores, np.concatenate([s for s, _ in alone]), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(embeddings, np.concatenate([e for _, e in alone]), rtol=0, atol=1e-5)
+
+
+def test_a_waveform_without_samples_scores_as_padding(tiny_student: Student, noise: Noise) -> None:
+    empty = tiny_student.score([np.zeros(0, np.float32)])
+    assert np.array_equal(empty, tiny_student.score([noise(399)]))
+    assert not np.array_equal(empty, tiny_student.score([noise(CHUNK)]))
+
+
+def test_no_waveforms_give_no_scores(tiny_student: Student) -> None:
+    scores, embeddings = tiny_student.score([], embeddings=True)
+    assert (scores.dtype, scores.shape) == (np.float32, (0, 527))
+    assert (embeddings.dtype, embeddings.shape) == (np.float32, (0, 32))
+
+
+def test_the_longest_waveform_that_a_student_hears(tiny_student: Student, noise: Noise) -> None:
+    limit = 127 * 160 + 400
+    assert tiny_student.score([noise(limit)]).shape == (1, 527)
+    with pytest.raises(ValueError) as refusal:
+        tiny_student.score([noise(CHUNK), noise(limit + 1)])
+    assert str(refusal.value) == (
+        "waveform 1 has 20721 samples, but this student hears at most 20720 (128 frames) at once; "
+        "cut it into chunks of 20480"
+    )
+
+
+def test_a_stereo_waveform_is_refused(tiny_student: Student, noise: Noise) -> None:
+    with pytest.raises(ValueError, match=r"waveform 0 has shape \(1000, 2\), expected mono"):
+        tiny_student.score([noise((1_000, 2))])
+
+
+def test_a_waveform_in_place_of_a_list_is_refused(tiny_student: Student, noise: Noise) -> None:
+    with pytest.raises(ValueError, match=r"waveform 0 has shape \(\), expected mono"):
+        tiny_student.score(noise(1_000))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_waveform_that_is_not_finite_is_refused(
+    tiny_student: Student, noise: Noise, value: float
+) -> None:
+    broken = noise(1_000)
+    broken[7] = value
+    with pytest.raises(ValueError, match="waveform 1 holds NaN or infinite samples"):
+        tiny_student.score([noise(1_000), broken])
+
+
+def test_scoring_changes_no_waveform(tiny_student: Student, noise: Noise) -> None:
+    waveform = noise(CHUNK)
+    tiny_student.score([waveform])
+    assert np.array_equal(waveform, noise(CHUNK))
+
+
+def test_bfloat16_gives_float32_scores_near_those_of_float32(
+    tiny_checkpoint: Path, tiny_student: Student, noise: Noise
+) -> None:
+    student = Student.load(str(tiny_checkpoint), device="cpu", dtype="bfloat16")
+    assert student.dtype == torch.bfloat16
+    scores, embeddings = student.score([noise(16_000)], embeddings=True)
+    assert (scores.dtype, embeddings.dtype) == (np.float32, np.float32)
+    difference = np.abs(scores - tiny_student.score([noise(16_000)])).mean()
+    print(difference)
+    assert 0 < difference < 0.02
+
+
+# ----------------------------------------------------------- devices and dtypes
+
+
+@without_cuda
+def test_auto_is_float32_on_the_cpu_where_there_is_no_cuda() -> None:
+    device = choose_device("auto")
+    assert device == torch.device("cpu")
+    assert choose_dtype("auto", device) == torch.float32
+
+
+@without_cuda
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_is_never_replaced_by_the_cpu(tiny_checkpoint: Path, device: str) -> None:
+    with pytest.raises(DeviceError, match=f"device '{device}' was asked for.*use --device cpu"):
+        Student.load(str(tiny_checkpoint), device=device)
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", "cpu cuda", "mps", "meta"])
+def test_an_unknown_device_is_refused(tiny_checkpoint: Path, device: str) -> None:
+    with pytest.raises(DeviceError, match=f"device '{device}' is .*use auto, cpu, cuda or cuda:N"):
+        Student.load(str(tiny_checkpoint), device=device)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", "half", ""])
+def test_an_unknown_dtype_is_refused(tiny_checkpoint: Path, dtype: str) -> None:
+    with pytest.raises(DeviceError) as refusal:
+        Student.load(str(tiny_checkpoint), device="cpu", dtype=dtype)
+    assert str(refusal.value) == (
+        f"dtype {dtype!r} is unknown; use auto, float32, bfloat16, float16"
+    )
+
+
+def test_float16_on_the_cpu_is_refused(tiny_checkpoint: Path) -> None:
+    with pytest.raises(DeviceError, match="dtype 'float16' is for GPUs"):
+        Student.load(str(tiny_checkpoint), device="cpu", dtype="float16")
+
+
+# ----------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoints_facts(tiny_checkpoint: Path) -> None:
+    facts = read_checkpoint(str(tiny_checkpoint))
+    assert facts.name == str(tiny_checkpoint)
+    assert facts.directory == tiny_checkpoint.resolve()
+    assert facts.labels == audioset_labels()
+    assert facts.features == FeatureSpec(num_mel_bins=32, max_length=128)
+    assert facts.thresholds == (DEFAULT_THRESHOLD,) * 527
+    assert not facts.has_own_thresholds
+    assert not facts.is_bundled
+    weights = (tiny_checkpoint / "model.safetensors").read_bytes()
+    assert facts.weights_sha256 == hashlib.sha256(weights).hexdigest()
+
+
+def test_weights_in_several_files_load_and_hash_as_one(
+    tiny_checkpoint: Path, tiny_student: Student, copy: Path, noise: Noise
+) -> None:
+    (copy / "model.safetensors").unlink()
+    model = ASTForAudioClassification.from_pretrained(tiny_checkpoint)
+    model.save_pretrained(copy, max_shard_size="50KB")
+    files = sorted(copy.glob("model-*.safetensors"))
+    assert len(files) > 1
+    student = Student.load(str(copy), device="cpu")
+    expected = tiny_student.score([noise(CHUNK)])
+    np.testing.assert_allclose(student.score([noise(CHUNK)]), expected, rtol=0, atol=1e-6)
+    joined = b"".join(file.read_bytes() for file in files)
+    assert student.checkpoint.weights_sha256 == hashlib.sha256(joined).hexdigest()
+
+
+def test_a_checkpoint_with_labels_of_its_own(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, noise: Noise
+) -> None:
+    folder = make_checkpoint(tmp_path / "own", ["knock", "Dog", "hiss"])
+    student = Student.load(str(folder), device="cpu")
+    assert student.labels == (
+        Label(0, "", "knock"),
+        Label(1, "/m/0bt9lr", "Dog"),
+        Label(2, "", "hiss"),
+    )
+    scores = student.score([noise(CHUNK)])
+    assert scores.shape == (1, 3)
+    assert np.abs(scores - by_transformers(folder, [noise(CHUNK)])[0]).max() <= 1e-5
+
+
+def test_a_checkpoint_that_states_mids(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "own", ["knock", "Dog"], label_mids=["/x/k", "/m/0bt9lr"])
+    assert read_checkpoint(str(folder)).labels == (
+        Label(0, "/x/k", "knock"),
+        Label(1, "/m/0bt9lr", "Dog"),
+    )
+
+
+def test_thresholds_are_read_by_mid_and_by_name(copy: Path) -> None:
+    stated = {"/m/09x0r": 0.75, "Dog": 0, "Bark": 0.5, "/m/05tny_": 1}
+    (copy / "thresholds.json").write_text(json.dumps(stated))
+    facts = read_checkpoint(str(copy))
+    expected = dict.fromkeys((label.name for label in audioset_labels()), DEFAULT_THRESHOLD)
+    expected |= {"Speech": 0.75, "Dog": 0.0, "Bark": 1.0}
+    assert facts.has_own_thresholds
+    assert {la.name: t for la, t in zip(facts.labels, facts.thresholds, strict=True)} == expected
+
+
+def test_thresholds_of_labels_without_mids(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "own", ["knock", "hiss", "hum"])
+    (folder / "thresholds.json").write_text('{"hiss": 0.9}')
+    assert read_checkpoint(str(folder)).thresholds == (DEFAULT_THRESHOLD, 0.9, DEFAULT_THRESHOLD)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"Unicorn": 0.5}', "states a threshold for 'Unicorn', which is no label"),
+        ('{"": 0.5}', "states a threshold for '', which is no label"),
+        ('{"Dog": 1.5}', "the threshold of 'Dog' is 1.5, expected 0 to 1"),
+        ('{"Dog": NaN}', "the threshold of 'Dog' is nan, expected 0 to 1"),
+        ('{"Dog": true}', "the threshold of 'Dog' is True, expected 0 to 1"),
+        ('{"Dog": "0.5"}', "the threshold of 'Dog' is '0.5', expected 0 to 1"),
+        ("[0.5]", "holds a JSON list, expected an object"),
+        ("{", "cannot be read as JSON"),
+    ],
+)
+def test_thresholds_that_cannot_be_right_are_refused(
+    copy: Path, content: str, message: str
+) -> None:
+    (copy / "thresholds.json").write_text(content)
+    with pytest.raises(CheckpointError) as refusal:
+        read_checkpoint(str(copy))
+    assert message in str(refusal.value)
+    assert str(copy / "thresholds.json") in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["./nothing", "nothing", "a/b/c", "/no/such/folder"])
+def test_a_missing_directory_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError) as refusal:
+        find_checkpoint(name)
+    assert str(refusal.value) == (
+        f"checkpoint {name!r} is neither 'bundled', nor an existing directory, nor a Hugging Face "
+        "id such as 'bookbot/distil-ast-audioset'"
+    )
+
+
+@pytest.mark.parametrize("name", ["someone/two--dashes", "someone/ends.", "-someone/tiny"])
+def test_a_name_that_the_hub_would_never_take_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"checkpoint '{name}'"):
+        find_checkpoint(name)
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_a_directory_without_a_config_is_refused(copy: Path, file: str) -> None:
+    (copy / file).unlink()
+    with pytest.raises(CheckpointError) as refusal:
+        read_checkpoint(str(copy))
+    assert str(refusal.value) == (
+        f"{copy} holds no {file}; a checkpoint is a directory written by transformers' "
+        "save_pretrained, of the model and of its feature extractor"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read as JSON"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+        (b"[]", "holds a JSON list, expected an object"),
+    ],
+)
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_a_config_that_is_no_json_object_is_refused(
+    copy: Path, file: str, content: bytes, message: str
+) -> None:
+    (copy / file).write_bytes(content)
+    with pytest.raises(CheckpointError) as refusal:
+        read_checkpoint(str(copy))
+    assert f"{copy / file} {message}" in str(refusal.value)
+
+
+def test_a_model_of_another_type_is_refused(copy: Path) -> None:
+    edit_json(copy / "config.json", model_type="wav2vec2")
+    with pytest.raises(CheckpointError, match="is of model_type 'wav2vec2'; earmark runs 'audio-"):
+        read_checkpoint(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_mel_bins": 64}, "num_mel_bins is 64 in config.json but 32 in preprocessor_config"),
+        ({"max_length": 1_024}, "max_length is 1024 in config.json but 128 in preprocessor_config"),
+        ({"id2label": {"0": "a", "2": "b"}}, "must name the indices 0 to 1 without gaps"),
+        ({"id2label": {"x": "a"}}, "'x'"),
+        ({"id2label": {}}, "0 labels"),
+        ({"id2label": None}, "id2label"),
+        ({"id2label": ["a", "b"]}, "id2label"),
+        ({"id2label": {"0": "LABEL_0"}}, "does not name its 1 labels"),
+        ({"label_mids": ["/m/0bt9lr"]}, "states 1 mids for 527 labels"),
+        ({"label_mids": 5}, ""),
+    ],
+    ids=str,
+)
+def test_a_config_that_cannot_be_right_is_refused(
+    copy: Path, entries: dict[str, Any], message: str
+) -> None:
+    edit_json(copy / "config.json", **entries)
+    with pytest.raises(CheckpointError) as refusal:
+        read_checkpoint(str(copy))
+    assert str(refusal.value).startswith(f"checkpoint {str(copy)!r}: ")
+    assert message in str(refusal.value)
+
+
+def test_another_feature_extractor_is_refused(copy: Path) -> None:
+    edit_json(copy / "preprocessor_config.json", feature_extractor_type="Wav2Vec2FeatureExtractor")
+    with pytest.raises(
+        CheckpointError, match="feature_extractor_type is 'Wav2Vec2FeatureExtractor'"
+    ):
+        read_checkpoint(str(copy))
+
+
+def test_a_directory_without_safetensors_is_refused(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match=r"holds no model\.safetensors; convert older weights"
+    ):
+        read_checkpoint(str(copy))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1_000, -1_000, -1])
+def test_truncated_weights_are_refused(copy: Path, kept: int) -> None:
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[:kept])
+    with pytest.raises(CheckpointError) as refusal:
+        Student.load(str(copy), device="cpu")
+    assert str(refusal.value).startswith(f"the weights in {copy} cannot be loaded: ")
+
+
+def test_weights_that_lack_a_tensor_are_refused(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["classifier.dense.bias"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as refusal:
+        Student.load(str(copy), device="cpu")
+    assert str(refusal.value) == (
+        f"the weights in {copy} lack 1 of the model's tensors, 'classifier.dense.bias' first: "
+        "the file is damaged or of another architecture"
+    )
+
+
+def test_weights_of_another_number_of_labels_are_refused(copy: Path) -> None:
+    edit_json(copy / "config.json", id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        Student.load(str(copy), device="cpu")
+
+
+# ------------------------------------------------------------------------- hub
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub as a download needs: `someone/tiny` at `main`."""
+
+    def __init__(self, *args: Any, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        api = "/api/models/someone/"
+        if path.startswith(f"{api}gated/"):
+            self.refuse(403, "GatedRepo")
+        elif path.startswith(f"{api}down/"):
+            self.refuse(500, "")
+        elif path in (f"{api}tiny/revision/main", f"{api}tiny/revision/{COMMIT}"):
+            self.answer({"id": "someone/tiny", "sha": COMMIT, "siblings": []})
+        elif path.startswith(f"{api}tiny/revision/"):
+            self.refuse(404, "RevisionNotFound")
+        elif path == f"{api}tiny/tree/{COMMIT}":
+            self.answer(
+                [
+                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
+                    for f in sorted(self.folder.iterdir())
+                ]
+            )
+        elif path.startswith(f"/someone/tiny/resolve/{COMMIT}/"):
+            self.send((self.folder / path.rpartition("/")[2]).read_bytes())
+        else:
+            self.refuse(404, "RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def answer(self, content: object) -> None:
+        self.send(json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def refuse(self, status: int, code: str) -> None:
+        self.send(b"{}", {"X-Error-Code": code, "X-Error-Message": code}, status)
+
+    def send(self, body: bytes, headers: dict[str, str] | None = None, status: int = 200) -> None:
+        self.send_response(status)
+        etag = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        for name, value in {**etag, **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+# Student.load of each name in argv; as JSON, what came of it.
+_LOAD = """
+import json, sys
+import numpy as np
+from student import CheckpointError, Student
+outcomes = {}
+for name in sys.argv[1:]:
+    try:
+        student = Student.load(name, device="cpu")
+        waveform = np.sin(np.arange(20480) / 7).astype(np.float32)
+        scores = student.score([waveform])[0].tolist()
+        outcomes[name] = [student.checkpoint.weights_sha256, scores]
+    except CheckpointError as error:
+        outcomes[name] = str(error)
+print(json.dumps(outcomes))
+"""
+
+
+def load_elsewhere(names: list[str], hf_home: Path, **environment: str) -> dict[str, Any]:
+    """Loads checkpoints in a process of its own: the hub's settings are read at import."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HF_") and not name.lower().endswith("_proxy")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, *names],
+        env=inherited | {"HF_HOME": str(hf_home)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def unreachable(name: str, repo: str) -> str:
+    return (
+        f"checkpoint '{name}' is not in the local cache and the Hugging Face Hub cannot be reached: "
+        f"connect to the network once, or give a local directory (`hf download {repo} --local-dir "
+        "DIR` elsewhere, then --checkpoint DIR), or use --checkpoint bundled"
+    )
+
+
+@pytest.fixture(scope="module")
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("huggingface")
+
+
+@pytest.fixture(scope="module")
+def from_hub(tiny_checkpoint: Path, hub_cache: Path) -> dict[str, Any]:
+    """What came of loading each of these names from a stand-in of the hub."""
+    names = [
+        "someone/tiny",
+        f"someone/tiny@{COMMIT}",
+        "someone/tiny@v9",
+        "someone/nothing",
+        "someone/gated",
+        "someone/down",
+    ]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Hub, folder=tiny_checkpoint))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        return load_elsewhere(
+            names, hub_cache, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}"
+        )
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def offline(from_hub: dict[str, Any], hub_cache: Path) -> dict[str, Any]:
+    """What came of loading these names without a network, after `from_hub`."""
+    return load_elsewhere(["someone/tiny", "someone/other@v1"], hub_cache, HF_HUB_OFFLINE="1")
+
+
+def facts_of(student: Student) -> list[Any]:
+    waveform = np.sin(np.arange(20_480) / 7).astype(np.float32)
+    return [student.checkpoint.weights_sha256, student.score([waveform])[0].tolist()]
+
+
+@pytest.mark.parametrize("name", ["someone/tiny", f"someone/tiny@{COMMIT}"])
+def test_a_checkpoint_of_the_hub_is_fetched_and_scores(
+    from_hub: dict[str, Any], tiny_student: Student, name: str
+) -> None:
+    sha256, scores = facts_of(tiny_student)
+    assert from_hub[name][0] == sha256
+    np.testing.assert_allclose(from_hub[name][1], scores, rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_that_the_hub_does_not_have(from_hub: dict[str, Any]) -> None:
+    assert from_hub["someone/nothing"] == (
+        "the Hugging Face Hub has no checkpoint 'someone/nothing', or it is private: check the "
+        "spelling, or log in with `hf auth login`"
+    )
+
+
+def test_a_revision_that_the_hub_does_not_have(from_hub: dict[str, Any]) -> None:
+    assert from_hub["someone/tiny@v9"] == "checkpoint 'someone/tiny' has no revision 'v9'"
+
+
+def test_a_gated_checkpoint_says_how_to_get_it(from_hub: dict[str, Any]) -> None:
+    assert from_hub["someone/gated"] == (
+        "checkpoint 'someone/gated' is gated: accept its terms on the Hugging Face Hub, then "
+        "`hf auth login`"
+    )
+
+
+def test_a_hub_that_fails_says_what_to_do(from_hub: dict[str, Any]) -> None:
+    assert from_hub["someone/down"] == unreachable("someone/down", "someone/down")
+
+
+def test_a_fetched_checkpoint_loads_offline(
+    offline: dict[str, Any], from_hub: dict[str, Any]
+) -> None:
+    assert offline["someone/tiny"] == from_hub["someone/tiny"]
+
+
+def test_a_checkpoint_that_was_never_fetched_says_what_to_do_offline(
+    offline: dict[str, Any],
+) -> None:
+    assert offline["someone/other@v1"] == unreachable("someone/other@v1", "someone/other")
