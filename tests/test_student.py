@@ -32,6 +32,9 @@ MakeCheckpoint = Callable[..., Path]
 CHUNK = 128 * 160  # samples of the tiny student
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+# 257 spectrum bins leave Kaldi's lowest mel filters empty, in AST as here.
+pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
+
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
 
@@ -210,8 +213,7 @@ def test_bfloat16_gives_float32_scores_near_those_of_float32(
     scores, embeddings = student.score([noise(16_000)], embeddings=True)
     assert (scores.dtype, embeddings.dtype) == (np.float32, np.float32)
     difference = np.abs(scores - tiny_student.score([noise(16_000)])).mean()
-    print(difference)
-    assert 0 < difference < 0.02
+    assert 0 < difference < 0.01
 
 
 # ----------------------------------------------------------- devices and dtypes
@@ -482,6 +484,8 @@ class _Hub(BaseHTTPRequestHandler):
             self.refuse(403, "GatedRepo")
         elif path.startswith(f"{api}down/"):
             self.refuse(500, "")
+        elif path.startswith(f"{api}cut/"):
+            self.close_connection = True  # without an answer
         elif path in (f"{api}tiny/revision/main", f"{api}tiny/revision/{COMMIT}"):
             self.answer({"id": "someone/tiny", "sha": COMMIT, "siblings": []})
         elif path.startswith(f"{api}tiny/revision/"):
@@ -520,33 +524,43 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
-# Student.load of each name in argv; as JSON, what came of it.
-_LOAD = """
+# What comes of `attempt(name)` for each name in argv, as JSON.
+_ATTEMPTS = """
 import json, sys
-import numpy as np
-from student import CheckpointError, Student
+from student import CheckpointError
 outcomes = {}
 for name in sys.argv[1:]:
     try:
-        student = Student.load(name, device="cpu")
-        waveform = np.sin(np.arange(20480) / 7).astype(np.float32)
-        scores = student.score([waveform])[0].tolist()
-        outcomes[name] = [student.checkpoint.weights_sha256, scores]
+        outcomes[name] = attempt(name)
     except CheckpointError as error:
         outcomes[name] = str(error)
+    except Exception as error:
+        outcomes[name] = f"not a CheckpointError but {type(error).__name__}: {error}"
 print(json.dumps(outcomes))
+"""
+_FIND = """
+from student.checkpoint import find_checkpoint
+attempt = lambda name: [str(find_checkpoint(name))]
+"""
+_SCORE = """
+import numpy as np
+from student import Student
+def attempt(name):
+    student = Student.load(name, device="cpu")
+    waveform = np.sin(np.arange(20_480) / 7).astype(np.float32)
+    return [str(student.checkpoint.directory), student.score([waveform])[0].tolist()]
 """
 
 
-def load_elsewhere(names: list[str], hf_home: Path, **environment: str) -> dict[str, Any]:
-    """Loads checkpoints in a process of its own: the hub's settings are read at import."""
+def elsewhere(attempt: str, names: list[str], hf_home: Path, **environment: str) -> dict[str, Any]:
+    """Attempts names in a process of its own: the hub's settings are read at import."""
     inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("HF_") and not name.lower().endswith("_proxy")
     }
     done = subprocess.run(
-        [sys.executable, "-c", _LOAD, *names],
+        [sys.executable, "-c", attempt + _ATTEMPTS, *names],
         env=inherited | {"HF_HOME": str(hf_home)} | environment,
         capture_output=True,
         text=True,
@@ -579,14 +593,14 @@ def from_hub(tiny_checkpoint: Path, hub_cache: Path) -> dict[str, Any]:
         "someone/nothing",
         "someone/gated",
         "someone/down",
+        "someone/cut",
     ]
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Hub, folder=tiny_checkpoint))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        return load_elsewhere(
-            names, hub_cache, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}"
-        )
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        return elsewhere(_SCORE, names, hub_cache, HF_ENDPOINT=endpoint)
     finally:
         server.shutdown()
         thread.join()
@@ -595,22 +609,19 @@ def from_hub(tiny_checkpoint: Path, hub_cache: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def offline(from_hub: dict[str, Any], hub_cache: Path) -> dict[str, Any]:
-    """What came of loading these names without a network, after `from_hub`."""
-    return load_elsewhere(["someone/tiny", "someone/other@v1"], hub_cache, HF_HUB_OFFLINE="1")
-
-
-def facts_of(student: Student) -> list[Any]:
-    waveform = np.sin(np.arange(20_480) / 7).astype(np.float32)
-    return [student.checkpoint.weights_sha256, student.score([waveform])[0].tolist()]
+    """What came of looking for these names without a network, after `from_hub`."""
+    return elsewhere(_FIND, ["someone/tiny", "someone/other@v1"], hub_cache, HF_HUB_OFFLINE="1")
 
 
 @pytest.mark.parametrize("name", ["someone/tiny", f"someone/tiny@{COMMIT}"])
 def test_a_checkpoint_of_the_hub_is_fetched_and_scores(
-    from_hub: dict[str, Any], tiny_student: Student, name: str
+    from_hub: dict[str, Any], tiny_checkpoint: Path, tiny_student: Student, name: str
 ) -> None:
-    sha256, scores = facts_of(tiny_student)
-    assert from_hub[name][0] == sha256
-    np.testing.assert_allclose(from_hub[name][1], scores, rtol=0, atol=1e-6)
+    directory, scores = from_hub[name]
+    expected = tiny_student.score([np.sin(np.arange(20_480) / 7).astype(np.float32)])[0]
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+    fetched = {file.name: file.read_bytes() for file in Path(directory).iterdir()}
+    assert fetched == {file.name: file.read_bytes() for file in tiny_checkpoint.iterdir()}
 
 
 def test_a_checkpoint_that_the_hub_does_not_have(from_hub: dict[str, Any]) -> None:
@@ -631,14 +642,15 @@ def test_a_gated_checkpoint_says_how_to_get_it(from_hub: dict[str, Any]) -> None
     )
 
 
-def test_a_hub_that_fails_says_what_to_do(from_hub: dict[str, Any]) -> None:
-    assert from_hub["someone/down"] == unreachable("someone/down", "someone/down")
+@pytest.mark.parametrize("name", ["someone/down", "someone/cut"])
+def test_a_hub_that_fails_says_what_to_do(from_hub: dict[str, Any], name: str) -> None:
+    assert from_hub[name] == unreachable(name, name)
 
 
-def test_a_fetched_checkpoint_loads_offline(
+def test_a_fetched_checkpoint_is_found_offline(
     offline: dict[str, Any], from_hub: dict[str, Any]
 ) -> None:
-    assert offline["someone/tiny"] == from_hub["someone/tiny"]
+    assert offline["someone/tiny"] == from_hub["someone/tiny"][:1]
 
 
 def test_a_checkpoint_that_was_never_fetched_says_what_to_do_offline(

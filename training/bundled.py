@@ -7,126 +7,114 @@ licensed clips (WebDataset tars beside a `teacher_scores.parquet`), and from
 sounds that this project synthesises with labels known by construction. The
 share-alike tars are left out, so that the weights can be Apache-2.0. Everything
 is drawn from one seed; the number of steps is fixed, not the time. About an hour
-on two cores. A quick look that it runs: `--steps 20 --clips 200`.
+on two cores. A quick look that it runs: `--steps 20 --clips 300`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
-import io
 import json
 import math
-import tarfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
-from student.features import POWER_FLOOR, FeatureSpec, LogMel
+from student.features import POWER_FLOOR, FeatureSpec
 from student.labels import audioset_labels
-from training.sounds import SAMPLE_RATE, SOUNDS, synthesise
-from transforms.decode import AudioDecoder
+from training.card import write_card
+from training.corpus import MAX_CLIP_FRAMES, Clips, join, read_corpus, synthetic
 
-MAX_CLIP_FRAMES = 1_000  # 10 s, the longest clip of the corpus
 SYNTHETIC_PER_SOUND = 75
 SYNTHETIC_VALIDATION_PER_SOUND = 10
-ESC10_VALIDATION_FOLD = 4
-HELD_OUT_SHARE = 0.1  # of the other clip groups
 TEACHER_POSITIVE = 0.3  # a teacher score that counts as "has the label" in validation
-
-
-@dataclass
-class Clips:
-    """Clips as log-mel power with their targets."""
-
-    ids: list[str]
-    log_mel: Tensor  # float16 [clips, MAX_CLIP_FRAMES, mel bins], log power, floor where empty
-    frames: Tensor  # int64 [clips]
-    targets: Tensor  # float32 [clips, labels], what the student learns
-    own_labels: list[tuple[int, ...]]  # true labels where known (ESC-10, synthetic), else ()
-    own_class: list[str]  # the true class where known, else ""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, rows: NDArray[np.bool_]) -> Clips:
-        """The clips where `rows` is true."""
-        keep = np.flatnonzero(rows).tolist()
-        return Clips(
-            [self.ids[i] for i in keep],
-            self.log_mel[keep],
-            self.frames[keep],
-            self.targets[keep],
-            [self.own_labels[i] for i in keep],
-            [self.own_class[i] for i in keep],
-        )
+LOG_EVERY = 250  # steps
+VALIDATE_EVERY = 1_500  # steps
+FULL_VIEW = 0.12  # of the steps, the last: they see all patches, as in use
 
 
 def main(argv: list[str] | None = None) -> None:
     """Reads the corpus, trains, validates, writes the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--corpus", type=Path, required=True, help="folder with tars and teacher_scores.parquet"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=9_000, help="optimiser steps")
-    parser.add_argument(
-        "--clips", type=int, default=0, help="use only the first N clips of the corpus (0: all)"
-    )
-    parser.add_argument("--batch", type=int, default=32, help="clips a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--weight-decay", type=float, default=0.05, help="0 switches it off")
-    parser.add_argument(
-        "--keep-patches", type=float, default=0.4, help="share of patches a step sees; 1 keeps all"
-    )
-    parser.add_argument(
-        "--mix",
-        type=float,
-        default=0.5,
-        help="share of clips mixed with another; 0 switches it off",
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--corpus", type=Path, required=True, help="folder with tars and teacher_scores.parquet")
+    add("--output", type=Path, required=True, help="folder for the checkpoint")
+    add("--steps", type=int, default=9_000, help="optimiser steps")
+    add("--clips", type=int, default=0, help="only the first N clips of the corpus (0: all)")
+    add("--batch", type=int, default=32, help="clips a step")
+    add("--lr", type=float, default=1e-3, help="peak learning rate")
+    add("--weight-decay", type=float, default=0.05, help="0 switches it off")
+    add("--keep-patches", type=float, default=0.4, help="share of patches a step sees; 1: all")
+    add("--mix", type=float, default=0.5, help="share of clips mixed with another; 0: none")
+    add("--seed", type=int, default=0)
+    add("--measure-only", action="store_true", help="measure the checkpoint that is in --output")
     args = parser.parse_args(argv)
 
     random = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
-    spec = FeatureSpec(num_mel_bins=64, max_length=512)  # 5.12 s
 
     # ------------------------------------------------------------------ data
     started = time.monotonic()
-    corpus, held_out = read_corpus(args.corpus, spec, args.clips)
-    train = join(corpus.take(~held_out), synthetic(spec, random, SYNTHETIC_PER_SOUND))
-    validation = corpus.take(held_out)
-    validation_synthetic = synthetic(spec, random, SYNTHETIC_VALIDATION_PER_SOUND)
+    spec = FeatureSpec(num_mel_bins=64, max_length=512)  # 5.12 s
+    train, held_out = read_corpus(args.corpus, spec, args.clips)
+    corpus_clips = len(train)
+    train = join(train, synthetic(spec, random, SYNTHETIC_PER_SOUND))
+    held_out_synthetic = synthetic(spec, random, SYNTHETIC_VALIDATION_PER_SOUND)
     spec = with_mean_and_std(spec, train)
     print(
-        f"{len(train)} clips to train on, {len(validation)} held out, "
-        f"{len(validation_synthetic)} synthetic held out; read in {time.monotonic() - started:.0f} s"
+        f"{len(train)} clips to train on, {len(held_out)} held out, {len(held_out_synthetic)} "
+        f"synthetic held out; read in {time.monotonic() - started:.0f} s",
+        flush=True,
     )
 
-    # ----------------------------------------------------------------- model
+    # -------------------------------------------------------------- training
+    if not args.measure_only:
+        for step, student in train_student(train, spec, random, args):
+            save(student, spec, args.output)
+            measured = validate(student, held_out, held_out_synthetic, spec)
+            print(json.dumps({"step": step} | measured), flush=True)
+
+    # ------------------------------------------------------------ validation
+    student = ASTForAudioClassification.from_pretrained(args.output, dtype=torch.float32)
+    metrics = validate(student, held_out, held_out_synthetic, spec)
+    metrics |= {
+        "parameters": student.num_parameters(),
+        "corpus_clips": corpus_clips,
+        "synthetic_train_clips": len(train) - corpus_clips,
+        "steps": args.steps,
+        "batch": args.batch,
+        "keep_patches": args.keep_patches,
+        "seed": args.seed,
+    }
+    print(json.dumps(metrics, indent=2))
+    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (args.output / "held_out.txt").write_text("".join(f"{clip}\n" for clip in held_out.ids))
+    write_card(args.output, args.corpus)
+
+
+def train_student(
+    clips: Clips, spec: FeatureSpec, random: np.random.Generator, args: argparse.Namespace
+) -> Iterator[tuple[int, ASTForAudioClassification]]:
+    """Trains, and yields `(steps done, averaged student)` now and then and at the end."""
     model = ASTForAudioClassification(config(spec))
-    nn.init.trunc_normal_(
-        model.audio_spectrogram_transformer.embeddings.position_embeddings, std=0.02
-    )
+    positions = model.audio_spectrogram_transformer.embeddings.position_embeddings
+    nn.init.trunc_normal_(positions, std=0.02)
     nn.init.constant_(model.classifier.dense.bias, math.log(0.003 / 0.997))  # the targets' mean
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
     )
-    decayed = [p for p in model.parameters() if p.ndim > 1]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimiser = torch.optim.AdamW(
         [
-            {"params": decayed, "weight_decay": args.weight_decay},
+            {"params": matrices, "weight_decay": args.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ],
         lr=args.lr,
@@ -138,15 +126,13 @@ def main(argv: list[str] | None = None) -> None:
         lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / args.steps)),
     )
 
-    # -------------------------------------------------------------- training
-    weights = sampling_weights(train)
+    weights = sampling_weights(clips)
     started, running = time.monotonic(), 0.0
-    for step in range(args.steps):
-        rows = torch.from_numpy(random.choice(len(train), args.batch, p=weights))
-        partners = torch.from_numpy(random.choice(len(train), args.batch, p=weights))
-        # The last steps see all patches, as in use.
-        keep = args.keep_patches if step < 0.88 * args.steps else 1.0
-        inputs, inside, targets = augmented(train, rows, partners, spec, random, args.mix)
+    for step in range(1, args.steps + 1):
+        rows = torch.from_numpy(random.choice(len(clips), args.batch, p=weights))
+        partners = torch.from_numpy(random.choice(len(clips), args.batch, p=weights))
+        keep = args.keep_patches if step <= (1 - FULL_VIEW) * args.steps else 1.0
+        inputs, inside, targets = augmented(clips, rows, partners, spec, random, args.mix)
         logits = logits_of(model, inputs, inside, keep)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
         loss = loss / args.batch
@@ -156,41 +142,18 @@ def main(argv: list[str] | None = None) -> None:
         optimiser.step()
         schedule.step()
         average.update_parameters(model)
-        running += loss.item()
-        if (step + 1) % 250 == 0 or step + 1 == args.steps:
-            rate = (step + 1) * args.batch / (time.monotonic() - started)
-            print(
-                f"step {step + 1}/{args.steps}  loss {running / min(250, step + 1):.3f}  {rate:.0f} clips/s",
-                flush=True,
-            )
+        running += loss.item() / LOG_EVERY
+        if step % LOG_EVERY == 0:
+            rate = step * args.batch / (time.monotonic() - started)
+            print(f"step {step}/{args.steps}  loss {running:.3f}  {rate:.0f} clips/s", flush=True)
             running = 0.0
-        if (step + 1) % 1_500 == 0:
-            print(
-                json.dumps(validate(average.module, validation, validation_synthetic, spec)),
-                flush=True,
-            )
-            save(copy.deepcopy(average.module), spec, args.output)
-
-    # ------------------------------------------------------------ validation
-    student = average.module.to(torch.float16).to(torch.float32)  # what is stored
-    metrics = validate(student, validation, validation_synthetic, spec)
-    metrics |= {
-        "train_clips": len(train),
-        "steps": args.steps,
-        "batch": args.batch,
-        "seed": args.seed,
-    }
-    print(json.dumps(metrics, indent=2))
-
-    # ------------------------------------------------------------ checkpoint
-    save(student, spec, args.output)
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    (args.output / "held_out.txt").write_text("".join(f"{clip}\n" for clip in validation.ids))
+        if step % VALIDATE_EVERY == 0 or step == args.steps:
+            yield step, average.module
 
 
 def save(student: ASTForAudioClassification, spec: FeatureSpec, folder: Path) -> None:
     """Writes the checkpoint in float16, half the size for a score difference below 0.001."""
-    student.to(torch.float16).save_pretrained(folder)
+    copy.deepcopy(student).to(torch.float16).save_pretrained(folder)
     ASTFeatureExtractor(
         num_mel_bins=spec.num_mel_bins, max_length=spec.max_length, mean=spec.mean, std=spec.std
     ).save_pretrained(folder)
@@ -213,108 +176,6 @@ def config(spec: FeatureSpec) -> ASTConfig:
         label2id={label.name: label.index for label in labels},
         label_mids=[label.mid for label in labels],
         problem_type="multi_label_classification",
-    )
-
-
-def read_corpus(folder: Path, spec: FeatureSpec, limit: int) -> tuple[Clips, NDArray[np.bool_]]:
-    """The permissively licensed clips, and which of them are held out.
-
-    Held out are ESC-10's fold 4 and a tenth of all other groups: a group shares a
-    source recording, so a split by clip would leak.
-    """
-    table = pq.read_table(folder / "teacher_scores.parquet", columns=["clip_id", "scores"])
-    scores = np.stack(table["scores"].combine_chunks().to_numpy(zero_copy_only=False)).astype(
-        np.float32
-    )
-    teacher = dict(zip(table["clip_id"].to_pylist(), scores, strict=True))
-    index_of = {label.mid: label.index for label in audioset_labels()}
-    mel = LogMel(spec)
-
-    ids, features, targets, own_labels, own_class, held_out = [], [], [], [], [], []
-    for path in sorted(folder.glob("permissive-*.tar")):
-        for clip_id, audio, facts in tar_samples(path):
-            if limit and len(ids) >= limit:
-                break
-            waveform = np.concatenate(list(AudioDecoder(io.BytesIO(audio)).mono(SAMPLE_RATE)))
-            target = teacher[clip_id].copy()
-            true = tuple(index_of[mid] for mid in facts.get("labels", ()))
-            fold = facts.get("esc10_fold")
-            share = int(hashlib.sha256(facts["group"].encode()).hexdigest()[:8], 16) / 2**32
-            ids.append(clip_id)
-            features.append(log_mel_of(mel, waveform))
-            own_labels.append(true)
-            own_class.append(facts.get("esc10_class", ""))
-            held_out.append(fold == ESC10_VALIDATION_FOLD if fold else share < HELD_OUT_SHARE)
-            if (
-                true
-            ):  # a hard label lifts the first of its class's labels, where the teacher missed it
-                target[true[0]] = max(target[true[0]], 0.8)
-            targets.append(target)
-    return stack(ids, features, targets, own_labels, own_class), np.array(held_out)
-
-
-def tar_samples(path: Path):
-    """Yields (clip id, encoded audio, facts) of a WebDataset tar."""
-    with tarfile.open(path) as tar:
-        audio: dict[str, bytes] = {}
-        for member in tar:
-            name, _, extension = member.name.partition(".")
-            data = tar.extractfile(member).read()
-            if extension == "json":
-                yield name, audio.pop(name), json.loads(data)
-            else:
-                audio[name] = data
-
-
-def synthetic(spec: FeatureSpec, random: np.random.Generator, count: int) -> Clips:
-    """`count` instances of each synthetic sound, 1 to 8 s, with hard targets."""
-    index_of = {label.name: label.index for label in audioset_labels()}
-    mel = LogMel(spec)
-    ids, features, targets, own_labels, own_class = [], [], [], [], []
-    for sound in SOUNDS:
-        true = tuple(index_of[name] for name in sound.labels)
-        for number in range(count):
-            target = np.zeros(len(index_of), np.float32)
-            target[list(true)] = 0.7
-            target[true[0]] = 0.9
-            ids.append(f"synthetic-{sound.name}-{number}")
-            features.append(log_mel_of(mel, synthesise(sound, random, random.uniform(1.0, 8.0))))
-            targets.append(target)
-            own_labels.append(true)
-            own_class.append(sound.name)
-    return stack(ids, features, targets, own_labels, own_class)
-
-
-def log_mel_of(mel: LogMel, waveform: NDArray[np.float32]) -> Tensor:
-    """float16 [frames, mel bins], log power before any normalisation."""
-    if len(waveform) < 400:
-        return torch.zeros((0, mel.spec.num_mel_bins), dtype=torch.float16)
-    power = mel.power(torch.from_numpy(waveform)[None])[0, :MAX_CLIP_FRAMES]
-    return power.clamp_min(POWER_FLOOR).log().to(torch.float16)
-
-
-def stack(ids, features, targets, own_labels, own_class) -> Clips:
-    """Pads features of unequal length into one tensor."""
-    frames = torch.tensor([len(feature) for feature in features])
-    log_mel = torch.full(
-        (len(ids), MAX_CLIP_FRAMES, features[0].shape[1]),
-        math.log(POWER_FLOOR),
-        dtype=torch.float16,
-    )
-    for row, feature in enumerate(features):
-        log_mel[row, : len(feature)] = feature
-    return Clips(ids, log_mel, frames, torch.from_numpy(np.stack(targets)), own_labels, own_class)
-
-
-def join(a: Clips, b: Clips) -> Clips:
-    """`a` followed by `b`."""
-    return Clips(
-        a.ids + b.ids,
-        torch.cat([a.log_mel, b.log_mel]),
-        torch.cat([a.frames, b.frames]),
-        torch.cat([a.targets, b.targets]),
-        a.own_labels + b.own_labels,
-        a.own_class + b.own_class,
     )
 
 
@@ -385,10 +246,8 @@ def augmented(
     for row in range(batch):  # SpecAugment: two bands, two spans, each filled with the mean
         for _ in range(2):
             width, span = int(random.integers(0, 10)), int(random.integers(0, 64))
-            low, start = (
-                int(random.integers(0, bins - width)),
-                int(random.integers(0, length - span)),
-            )
+            low = int(random.integers(0, bins - width))
+            start = int(random.integers(0, length - span))
             features[row, :, low : low + width] = 0.0
             features[row, start : start + span] = 0.0
     return features, inside, targets
@@ -425,9 +284,8 @@ def logits_of(
         bands = model.config.num_mel_bins // patch  # patches are ordered band by band
         audible = inside.unfold(1, patch, patch).any(dim=2).repeat(1, bands)  # [batch, patches]
         chance = torch.where(audible, 1.0, 0.15)
-        kept = (
-            torch.multinomial(chance, int(keep * chance.shape[1])) + 2
-        )  # class, distillation first
+        kept = torch.multinomial(chance, int(keep * chance.shape[1]))
+        kept = kept + 2  # the class and distillation tokens come first
         first = torch.arange(2).expand(len(kept), 2)
         index = torch.cat([first, kept], dim=1)[..., None].expand(-1, -1, tokens.shape[2])
         tokens = tokens.gather(1, index)

@@ -1,0 +1,76 @@
+"""What is installed is what is here: packages, data, pins, versions."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pipeline
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+CONSTRAINTS = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of what the repository holds, as a checkout elsewhere would."""
+    copy = tmp_path_factory.mktemp("source")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    return copy
+
+
+def files_of_packages():
+    packages = ("pipeline", "student", "training", "transforms")
+    kept = [file for package in packages for file in (ROOT / package).rglob("*") if file.is_file()]
+    return {str(f.relative_to(ROOT)) for f in kept if "__pycache__" not in f.parts}
+
+
+def test_the_wheel_holds_every_module_and_the_bundled_student(source, tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", tmp_path, source], check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert inside == files_of_packages()
+
+
+def test_the_setup_file_that_beam_stages_holds_them_too(source, tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
+        inside = {name.partition("/")[2] for name in sdist.getnames()}
+    assert files_of_packages() <= inside
+
+
+def test_versions_agree():
+    assert PROJECT["project"]["version"] == pipeline.__version__
+
+
+def test_every_dependency_is_pinned_and_torch_first():
+    pins = [line for line in CONSTRAINTS if line and not line.startswith("#")]
+    assert pins[0] == "torch==2.13.0"
+    pinned = {pin.partition("==")[0].lower().replace("_", "-") for pin in pins}
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = PROJECT["project"]["dependencies"] + extras["cloud"] + extras["test"]
+    names = {re.match(r"[\w-]+", requirement).group().lower() for requirement in wanted}
+    assert names <= pinned
+
+
+def test_the_bundled_weights_stay_small():
+    assert (ROOT / "student" / "bundled" / "model.safetensors").stat().st_size <= 8_000_000
