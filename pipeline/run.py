@@ -195,6 +195,11 @@ def describe_run(options: AnnotateOptions, checkpoint: Checkpoint, dtype: str) -
         "scoring": scoring,
         "thresholds": {label.name: t for label, t in zip(checkpoint.labels, thresholds, strict=True)},
         "inputs": list(options.inputs),
+        "options": {
+            name: value
+            for name, value in asdict(options).items()
+            if name not in ("inputs", "output", "overwrite")
+        },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS_OF},
     }  # fmt: skip
 

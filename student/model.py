@@ -76,8 +76,11 @@ class Student:
             DeviceError: the device is missing.
         """
         place = choose_device(device)
+        precision = choose_dtype(dtype, place)
         facts = read_checkpoint(checkpoint)
-        return cls(_load_model(facts), facts, place, choose_dtype(dtype, place))
+        student = cls(_load_model(facts), facts, place, precision)
+        logger.info("loaded %s on %s in %s", checkpoint, place, precision)
+        return student
 
     @property
     def labels(self) -> tuple[Label, ...]:
@@ -240,7 +243,6 @@ def _load_model(checkpoint: Checkpoint) -> ASTForAudioClassification:
             f"the weights in {checkpoint.directory} lack {len(absent)} of the model's tensors, "
             f"{absent[0]!r} first: the file is damaged or of another architecture"
         )
-    logger.debug("loaded %s from %s", checkpoint.name, checkpoint.directory)
     return model
 
 

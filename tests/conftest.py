@@ -19,6 +19,9 @@ from student.model import Student
 
 REPO = Path(__file__).resolve().parents[1]
 
+# Two threads on arrays as small as the tests' wait for each other, all the longer on a busy machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+import csv
+import io
+import math
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from transforms.decode import BLOCK_S, RESAMPLE_QUALITY, AudioDecoder, SourceFacts
+from transforms.records import ClipError
+
+Noise = Callable[..., NDArray[np.float32]]
+Encoded = Callable[..., bytes]
+
+# What earmark cannot read although one of the index's two decoders can.
+KNOWN_REFUSALS = {
+    # libsndfile alone reads it, and only when asked for the whole at once.
+    "flac_test_files-faulty/01 - wrong max blocksize.flac",
+}
+
+
+def decode(content: bytes, sample_rate: int = 16_000) -> tuple[NDArray[np.float32], SourceFacts]:
+    decoder = AudioDecoder(io.BytesIO(content))
+    blocks = list(decoder.mono(sample_rate))
+    assert {block.dtype for block in blocks} == {np.dtype(np.float32)}
+    assert {block.ndim for block in blocks} == {1}
+    assert decoder.facts is not None
+    return np.concatenate(blocks), decoder.facts
+
+
+def refusal(content: bytes) -> tuple[str, str]:
+    """(type, message) of the error that decoding ends with."""
+    with pytest.raises(ClipError) as refused:
+        list(AudioDecoder(io.BytesIO(content)).mono(16_000))
+    assert refused.value.stage == "decode"
+    assert "0x" not in refused.value.message
+    assert "<" not in refused.value.message
+    assert refused.value.message
+    return refused.value.type, refused.value.message
+
+
+def by_soundfile(content: bytes) -> NDArray[np.float32]:
+    """float32 [samples, channels]."""
+    samples: NDArray[np.float32] = soundfile.read(
+        io.BytesIO(content), dtype="float32", always_2d=True
+    )[0]
+    return samples
+
+
+def sine(amplitude: float, samples: int = 16_000) -> NDArray[np.float32]:
+    """Whole periods of 500 Hz at 16 kHz, so that its RMS is exact and its peak is hit."""
+    return (amplitude * np.sin(2 * np.pi * 500 * np.arange(samples) / 16_000)).astype(np.float32)
+
+
+def wav(data: bytes, size: int | None = None, extra: bytes = b"") -> bytes:
+    """A mono 16-bit WAV at 16 kHz by hand, with a stated `size` and `extra` chunks."""
+    chunk = struct.Struct("<4sI")
+    form = chunk.pack(b"fmt ", 16) + struct.pack("<HHIIHH", 1, 1, 16_000, 32_000, 2, 16)
+    data_header = chunk.pack(b"data", len(data) if size is None else size)
+    body = b"WAVE" + form + extra + data_header + data
+    return chunk.pack(b"RIFF", len(body)) + body
+
+
+# --------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype", "codec", "step"),
+    [
+        ("wav", "PCM_U8", "pcm_u8", 1 / 128),
+        ("wav", "PCM_16", "pcm_s16le", 1 / 32_768),
+        ("wav", "PCM_24", "pcm_s24le", 2.0**-23),
+        ("wav", "PCM_32", "pcm_s32le", 1e-7),
+        ("wav", "FLOAT", "pcm_f32le", 0),
+        ("wav", "DOUBLE", "pcm_f64le", 0),
+        ("aiff", "PCM_16", "pcm_s16be", 1 / 32_768),
+        ("w64", "PCM_16", "pcm_s16le", 1 / 32_768),
+        ("flac", "PCM_16", "flac", 1 / 32_768),
+        ("flac", "PCM_24", "flac", 2.0**-23),
+    ],
+)
+def test_lossless_audio_is_exact(
+    noise: Noise, encoded: Encoded, format: str, subtype: str, codec: str, step: float
+) -> None:
+    waveform = noise(50_001)
+    content = encoded(waveform, format=format, subtype=subtype)
+    samples, facts = decode(content)
+    assert np.array_equal(samples, by_soundfile(content)[:, 0])
+    assert np.abs(samples - waveform).max() <= step
+    assert (facts.codec, facts.sample_rate, facts.channels) == (codec, 16_000, 1)
+    assert (facts.frames, facts.duration_s) == (50_001, 50_001 / 16_000)
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype", "codec"),
+    [
+        ("ogg", "VORBIS", "vorbis"),
+        ("wav", "ALAW", "pcm_alaw"),
+        ("wav", "ULAW", "pcm_mulaw"),
+        ("wav", "IMA_ADPCM", "adpcm_ima_wav"),
+    ],
+)
+def test_lossy_audio_equals_libsndfiles(
+    noise: Noise, encoded: Encoded, format: str, subtype: str | None, codec: str
+) -> None:
+    content = encoded(noise(80_000), format=format, subtype=subtype)
+    samples, facts = decode(content)
+    expected = by_soundfile(content)[:, 0]
+    assert len(samples) == len(expected)
+    assert np.abs(samples - expected).max() <= 1e-5
+    assert (facts.codec, facts.sample_rate, facts.channels) == (codec, 16_000, 1)
+    assert facts.duration_s == len(expected) / 16_000
+
+
+def test_mp3_is_decoded_without_its_encoder_delay(encoded: Encoded) -> None:
+    samples, facts = decode(encoded(sine(0.5, 32_000), format="mp3"))
+    assert (facts.codec, facts.sample_rate, facts.channels) == ("mp3", 16_000, 1)
+    assert (facts.frames, len(samples)) == (32_000, 32_000)
+    assert np.abs(samples - sine(0.5, 32_000))[2_000:-2_000].max() < 0.05
+
+
+def test_opus_is_decoded_at_48_khz(encoded: Encoded) -> None:
+    samples, facts = decode(encoded(sine(0.5), format="ogg", subtype="OPUS"))
+    assert (facts.codec, facts.sample_rate, facts.channels) == ("opus", 48_000, 1)
+    assert facts.duration_s == 1.0
+    assert len(samples) == 16_000
+    assert np.abs(samples[2_000:-2_000] - sine(0.5)[2_000:-2_000]).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("format", "encoder", "codec"), [("mp4", "aac", "aac"), ("matroska", "libopus", "opus")]
+)
+def test_audio_in_a_video_container_is_decoded(format: str, encoder: str, codec: str) -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format=format) as container:
+        stream = container.add_stream(encoder, rate=48_000, layout="mono")
+        tone = 0.5 * np.sin(2 * np.pi * 500 * np.arange(96_000) / 48_000)
+        frame = av.AudioFrame.from_ndarray(tone.astype(np.float32)[None], "fltp", "mono")
+        frame.sample_rate = 48_000
+        for piece in (frame, None):
+            container.mux(stream.encode(piece))
+    samples, facts = decode(file.getvalue())
+    assert (facts.codec, facts.sample_rate, facts.channels) == (codec, 48_000, 1)
+    assert abs(facts.duration_s - 2.0) <= 0.06
+    assert abs(len(samples) - 32_000) <= 0.06 * 16_000
+    loudest = np.abs(np.fft.rfft(samples[8_000:24_000])).argmax()
+    assert loudest == 500  # one second: bins of 1 Hz
+
+
+@pytest.mark.parametrize("format", ["wav", "flac", "ogg"])
+@pytest.mark.parametrize("channels", [2, 3, 6, 8])
+def test_channels_are_averaged(noise: Noise, encoded: Encoded, format: str, channels: int) -> None:
+    content = encoded(noise((40_000, channels)), format=format)
+    samples, facts = decode(content)
+    assert facts.channels == channels
+    expected = by_soundfile(content).mean(axis=1)
+    assert len(samples) == len(expected)
+    assert np.abs(samples - expected).max() <= 1e-6
+
+
+def test_the_format_is_found_from_the_bytes(noise: Noise, encoded: Encoded, tmp_path: Path) -> None:
+    content = encoded(noise(5_000), format="flac")
+    file = tmp_path / "wrong.mp3"
+    file.write_bytes(content)
+    with file.open("rb") as stream:
+        samples = np.concatenate(list(AudioDecoder(stream).mono(16_000)))
+    assert np.array_equal(samples, decode(content)[0])
+
+
+def test_a_wav_of_unknown_length_is_read_to_its_end(noise: Noise) -> None:
+    data = (noise(20_000) * 32_767).astype("<i2").tobytes()
+    samples, facts = decode(wav(data, size=0xFFFFFFFF))
+    assert np.array_equal(samples, decode(wav(data))[0])
+    assert facts.frames == 20_000
+
+
+def test_tags_that_are_not_text_do_no_harm(noise: Noise) -> None:
+    data = (noise(2_000) * 32_767).astype("<i2").tobytes()
+    tags = b"INFO" + struct.pack("<4sI", b"INAM", 4) + b"caf\xe9"
+    tagged = wav(data, extra=struct.pack("<4sI", b"LIST", len(tags)) + tags)
+    assert np.array_equal(decode(tagged)[0], decode(wav(data))[0])
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "FLOAT"])
+def test_a_big_endian_wav_is_not_read_as_little_endian(noise: Noise, subtype: str) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, noise(40_000), 16_000, subtype, endian="BIG", format="WAV")
+    assert file.getvalue()[:4] == b"RIFX"
+    samples, facts = decode(file.getvalue())
+    assert np.array_equal(samples, by_soundfile(file.getvalue())[:, 0])
+    assert (facts.sample_rate, facts.channels, facts.frames) == (16_000, 1, 40_000)
+
+
+# ------------------------------------------------------------------- resampling
+
+
+@pytest.mark.parametrize("sample_rate", [8_000, 11_025, 22_050, 44_100, 48_000, 96_000])
+def test_resampling_block_by_block_equals_resampling_the_whole(
+    noise: Noise, encoded: Encoded, sample_rate: int
+) -> None:
+    waveform = noise(int(4.7 * sample_rate))  # more than two blocks
+    samples, facts = decode(encoded(waveform, sample_rate, "wav", "FLOAT"))
+    expected = soxr.resample(waveform, sample_rate, 16_000, quality=RESAMPLE_QUALITY)
+    assert abs(len(samples) - len(expected)) <= 1
+    common = min(len(samples), len(expected))
+    assert np.abs(samples[:common] - expected[:common]).max() <= 1e-4
+    assert (facts.sample_rate, facts.frames) == (sample_rate, len(waveform))
+
+
+def test_another_target_rate(noise: Noise, encoded: Encoded) -> None:
+    waveform = noise(30_000)
+    samples, _ = decode(encoded(waveform, 16_000, "wav", "FLOAT"), sample_rate=32_000)
+    expected = soxr.resample(waveform, 16_000, 32_000, quality=RESAMPLE_QUALITY)
+    assert np.abs(samples - expected).max() <= 1e-4
+
+
+def test_a_tone_keeps_its_pitch_and_level(encoded: Encoded) -> None:
+    tone = (0.5 * np.sin(2 * np.pi * 500 * np.arange(88_200) / 44_100)).astype(np.float32)
+    samples, _ = decode(encoded(tone, 44_100, "flac", "PCM_24"))
+    middle = slice(2_000, -2_000)  # the ends ring
+    assert np.abs(samples[middle] - sine(0.5, 32_000)[middle]).max() < 1e-4
+
+
+@pytest.mark.parametrize("format", ["wav", "flac", "ogg", "mp3"])
+def test_long_audio_comes_in_blocks(noise: Noise, encoded: Encoded, format: str) -> None:
+    content = encoded(noise(160_000), format=format)
+    lengths = [len(block) for block in AudioDecoder(io.BytesIO(content)).mono(16_000)]
+    assert sum(lengths) == 160_000
+    assert max(lengths) <= 1.5 * BLOCK_S * 16_000
+
+
+# ----------------------------------------------------------------------- levels
+
+
+def test_levels_of_a_sine(encoded: Encoded) -> None:
+    _, facts = decode(encoded(sine(0.5), subtype="FLOAT"))
+    assert facts.peak_dbfs == pytest.approx(20 * math.log10(0.5), abs=1e-6)
+    assert facts.rms_dbfs == pytest.approx(20 * math.log10(0.5 / math.sqrt(2)), abs=1e-6)
+
+
+def test_levels_are_of_the_channels_and_not_of_their_mean(encoded: Encoded) -> None:
+    opposed = np.stack([sine(0.5), -sine(0.5)], axis=1)
+    samples, facts = decode(encoded(opposed, subtype="FLOAT"))
+    assert np.array_equal(samples, np.zeros(16_000, np.float32))
+    assert facts.peak_dbfs == pytest.approx(20 * math.log10(0.5), abs=1e-6)
+    assert facts.rms_dbfs == pytest.approx(20 * math.log10(0.5 / math.sqrt(2)), abs=1e-6)
+
+    one_sided = np.stack([sine(0.5), np.zeros(16_000, np.float32)], axis=1)
+    _, facts = decode(encoded(one_sided, subtype="FLOAT"))
+    assert facts.peak_dbfs == pytest.approx(20 * math.log10(0.5), abs=1e-6)
+    assert facts.rms_dbfs == pytest.approx(20 * math.log10(0.25), abs=1e-6)
+
+
+def test_levels_of_a_full_scale_square_wave_are_zero(encoded: Encoded) -> None:
+    square = np.where(np.arange(50_000) % 32 < 16, 1, -1).astype(np.float32)
+    _, facts = decode(encoded(square, subtype="FLOAT"))
+    assert (facts.peak_dbfs, facts.rms_dbfs) == (0.0, 0.0)
+
+
+def test_levels_do_not_depend_on_the_resampling(noise: Noise, encoded: Encoded) -> None:
+    content = encoded(noise(100_000), 44_100, "wav", "FLOAT")
+    assert decode(content, 16_000)[1] == decode(content, 44_100)[1]
+
+
+def test_silence_has_no_level(encoded: Encoded) -> None:
+    samples, facts = decode(encoded(np.zeros(5_000, np.float32)))
+    assert np.array_equal(samples, np.zeros(5_000, np.float32))
+    assert (facts.peak_dbfs, facts.rms_dbfs) == (-math.inf, -math.inf)
+
+
+def test_audio_above_full_scale_is_not_clipped(encoded: Encoded) -> None:
+    samples, facts = decode(encoded(sine(16_411.0), subtype="FLOAT"))
+    assert np.array_equal(samples, sine(16_411.0))
+    assert facts.peak_dbfs == pytest.approx(20 * math.log10(16_411), abs=1e-4)
+
+
+# --------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("position", [0, 99_999])
+def test_audio_that_is_not_finite_is_refused(
+    noise: Noise, encoded: Encoded, value: float, position: int
+) -> None:
+    waveform = noise(100_000)
+    waveform[position] = value
+    assert refusal(encoded(waveform, subtype="FLOAT")) == (
+        "NonFinite",
+        "the audio holds NaN or infinite samples",
+    )
+
+
+@pytest.mark.parametrize(("channels", "sample_rate"), [(2, 16_000), (1, 44_100)])
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_audio_that_overflows_on_its_way_is_refused(
+    encoded: Encoded, channels: int, sample_rate: int
+) -> None:
+    signs = np.where(np.arange(5_000) % 7 < 3, 1, -1).astype(np.float32)
+    extreme = np.repeat(signs[:, None] * np.float32(3.4e38), channels, axis=1)
+    decoder = AudioDecoder(io.BytesIO(encoded(extreme, sample_rate, "wav", "FLOAT")))
+    try:
+        blocks = list(decoder.mono(16_000))
+    except ClipError as error:
+        assert error.type == "NonFinite"
+    else:
+        assert np.isfinite(np.concatenate(blocks)).all()
+
+
+@pytest.mark.parametrize("format", ["wav", "ogg", "aiff"])
+def test_audio_without_samples_is_refused(encoded: Encoded, format: str) -> None:
+    kind, message = refusal(encoded(np.zeros(0, np.float32), format=format))
+    assert (kind, message) == ("NoAudio", "the audio holds no samples")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0", b"RIFF", b"hello world " * 100, np.random.default_rng(0).bytes(5_000)],
+    ids=["empty", "one byte", "a magic number", "text", "random"],
+)
+def test_what_is_no_audio_is_refused(content: bytes) -> None:
+    assert refusal(content) == ("InvalidDataError", "Invalid data found when processing input")
+
+
+def test_a_picture_is_refused_for_having_no_audio() -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("mjpeg", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuvj420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "rgb24")
+        for piece in (frame, None):
+            container.mux(stream.encode(piece))
+    assert refusal(file.getvalue()) == ("NoAudioStream", "the file has no audio stream")
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.9, 5.0])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_flac_is_refused(
+    noise: Noise, encoded: Encoded, seconds: float, kept: float
+) -> None:
+    content = encoded(noise(int(seconds * 44_100)), 44_100, "flac")
+    kind, message = refusal(content[: int(len(content) * kept)])
+    assert (kind, message) == ("InvalidDataError", "Invalid data found when processing input")
+
+
+def test_a_truncated_flac_is_never_called_another_codec(noise: Noise, encoded: Encoded) -> None:
+    content = encoded(noise(20_000), format="flac")
+    decoder = AudioDecoder(io.BytesIO(content[: len(content) // 2]))
+    with pytest.raises(ClipError):
+        list(decoder.mono(16_000))
+    assert decoder.facts is None or decoder.facts.codec == "flac"
+
+
+def test_a_truncated_wav_gives_the_samples_that_are_there(noise: Noise, encoded: Encoded) -> None:
+    content = encoded(noise(50_000))
+    samples, facts = decode(content[: 44 + 2 * 30_000 + 1])
+    assert np.array_equal(samples, decode(content)[0][:30_000])
+    assert facts.frames == 30_000
+
+
+def test_a_refused_file_prints_nothing(
+    noise: Noise,
+    encoded: Encoded,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    unraisable: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda hook: unraisable.append(str(hook.exc_value)))
+    refusal(encoded(noise(1_000), format="aiff")[:22])
+    assert unraisable == []
+    assert capfd.readouterr() == ("", "")
+
+
+# -------------------------------------------------------------------- real files
+
+
+def reference_duration(row: dict[str, str], file: Path) -> float:
+    """The longer of what the index's two decoders found; 0 where neither found audio."""
+    if "|" in row["pyav_rate"]:  # the rate changes on the way
+        with av.open(str(file)) as container:
+            return sum(frame.samples / frame.sample_rate for frame in container.decode(audio=0))
+    return max(
+        int(row[f"{name}_frames"]) / int(row[f"{name}_rate"])
+        if row[f"{name}_ok"] == "True" and row[f"{name}_rate"]
+        else 0.0
+        for name in ("soundfile", "pyav")
+    )
+
+
+def test_real_files_are_decoded_whole_or_refused_cleanly(shared: Path) -> None:
+    zoo = shared / "audio-zoo"
+    with (zoo / "index.csv").open(newline="", encoding="utf-8") as index:
+        rows = list(csv.DictReader(index))
+    assert len(rows) == 167
+    wrong: dict[str, tuple[float, float]] = {}
+    refused, unreadable = set(), set()
+    for row in rows:
+        path = row["path"]
+        expected = reference_duration(row, zoo / path)
+        if not expected:
+            unreadable.add(path)
+        with (zoo / path).open("rb") as stream:
+            decoder = AudioDecoder(stream)
+            try:
+                samples = sum(len(block) for block in decoder.mono(16_000))
+            except ClipError as error:
+                refused.add(path)
+                assert error.message and not any(mark in error.message for mark in ("0x", "<", "/"))
+                continue
+        assert decoder.facts is not None
+        duration = decoder.facts.duration_s
+        if abs(duration - expected) > 0.06 or abs(samples / 16_000 - duration) > 1 / 16_000:
+            wrong[path] = (expected, duration)
+    assert wrong == {}
+    assert refused == unreadable | KNOWN_REFUSALS
+
+
+@pytest.mark.parametrize("name", ["03 - wrong bit depth", "09 - blocksize 1"])
+def test_a_flac_that_only_libsndfile_reads_is_called_flac(shared: Path, name: str) -> None:
+    content = (shared / "audio-zoo" / "flac_test_files-faulty" / f"{name}.flac").read_bytes()
+    samples, facts = decode(content, 24_000)
+    assert np.array_equal(samples, by_soundfile(content).mean(axis=1))
+    assert facts.codec == "flac"

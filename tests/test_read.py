@@ -1,0 +1,582 @@
+from __future__ import annotations
+
+import datetime
+import gzip
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+
+from transforms import read
+from transforms.read import audio_column, count_tar_clips, is_audio, read_clips
+from transforms.records import Shard, UnreadableClip
+
+MakeTar = Callable[..., Path]
+Members = list[tuple[str, bytes]]
+
+AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def shard(kind: Any, uri: Path | str, **fields: Any) -> Shard:
+    return Shard("shard", str(uri), kind, 0, **fields)
+
+
+def clips(what: Shard) -> list[tuple[Any, ...]]:
+    """(member, bytes, metadata) of each clip; ("unreadable", member, type, metadata) of the rest."""
+    found: list[tuple[Any, ...]] = []
+    for clip in read_clips(what):
+        if isinstance(clip, UnreadableClip):
+            assert clip.error.stage == "read"
+            found.append(("unreadable", clip.member, clip.error.type, clip.metadata))
+        else:
+            content = clip.audio.read()
+            assert clip.size_bytes == len(content)
+            assert clip.xxh128 == xxhash.xxh128_hexdigest(content)
+            found.append((clip.member, content, clip.metadata))
+    return found
+
+
+def messages(what: Shard) -> list[str]:
+    return [c.error.message for c in read_clips(what) if isinstance(c, UnreadableClip)]
+
+
+def numbered(count: int) -> Members:
+    """Clips of different lengths, each with its metadata after it."""
+    members = []
+    for number in range(count):
+        members.append((f"clip-{number}.wav", bytes([number]) * (300 + 400 * number)))
+        members.append((f"clip-{number}.json", b'{"number": %d}' % number))
+    return members
+
+
+BROKEN = ("unreadable", None, "BrokenShard", {})
+
+
+# ---------------------------------------------------------------------- suffixes
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a/b.MP3", "a.b.flac", "--04kMEQOAs_0.000_10.000.ogg"])
+def test_audio_is_known_by_the_last_suffix(name: str) -> None:
+    assert is_audio(name)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a", "wav", ".wav", "a.wav/b", "a.wav.txt", "a.wav "])
+def test_other_names_are_no_audio(name: str) -> None:
+    assert not is_audio(name)
+
+
+# -------------------------------------------------------------------------- tars
+
+
+def test_clips_of_a_tar_come_in_order_with_their_bytes(tmp_path: Path, make_tar: MakeTar) -> None:
+    members = [
+        ("b.wav", b"two"),
+        ("a.flac", b"one"),
+        ("c.MP3", b""),
+        ("d.ogg", os.urandom(3 << 20)),
+    ]
+    tar = make_tar(tmp_path / "a.tar", members)
+    assert clips(shard("tar", tar)) == [(name, content, {}) for name, content in members]
+
+
+def test_siblings_before_and_after_the_audio_are_its_metadata(
+    tmp_path: Path, make_tar: MakeTar
+) -> None:
+    members = [
+        ("a.json", b'{"speaker": "x", "n": [1, 2.5, null]}'),
+        ("a.wav", b"A"),
+        ("b.wav", b"B"),
+        ("b.json", b'{"speaker": "y"}'),
+        ("b.txt", b" hello\n"),
+        ("b.cls", b"7\n"),
+        ("c.txt", "été".encode()),
+        ("c.wav", b"C"),
+        ("c.JSON", b'{"late": true}'),
+        ("d.wav", b"D"),
+    ]
+    assert clips(shard("tar", make_tar(tmp_path / "a.tar", members))) == [
+        ("a.wav", b"A", {"speaker": "x", "n": [1, 2.5, None]}),
+        ("b.wav", b"B", {"speaker": "y", "txt": "hello", "cls": "7"}),
+        ("c.wav", b"C", {"txt": "été", "late": True}),
+        ("d.wav", b"D", {}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "metadata"),
+    [
+        (b"[1, 2]", {"json": [1, 2]}),
+        (b"7", {"json": 7}),
+        (b"{broken", {"json": "{broken"}),
+        (b"", {"json": ""}),
+        (b'{"a": "\xff"}', {"a": "\ufffd"}),
+        (b"[" * 100_000, {"json": "[" * 100_000}),
+    ],
+    ids=["array", "number", "broken", "empty", "not UTF-8", "far too deep"],
+)
+def test_json_that_is_no_object_is_kept_whole(
+    tmp_path: Path, make_tar: MakeTar, content: bytes, metadata: dict[str, Any]
+) -> None:
+    tar = make_tar(tmp_path / "a.tar", [("a.json", content), ("a.wav", b"A")])
+    assert clips(shard("tar", tar)) == [("a.wav", b"A", metadata)]
+
+
+def test_other_siblings_are_passed_over(
+    tmp_path: Path, make_tar: MakeTar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "MAX_METADATA_BYTES", 10)
+    members = [
+        ("a.wav", b"A"),
+        ("a.npy", b"\x93NUMPY"),
+        ("a.json", b'{"much": "too much for metadata"}'),
+        ("a.txt", b"0123456789"),
+        ("README", b"about"),
+    ]
+    tar = make_tar(tmp_path / "a.tar", members)
+    assert clips(shard("tar", tar)) == [("a.wav", b"A", {"txt": "0123456789"})]
+
+
+def test_two_audio_members_of_one_sample_are_two_clips(tmp_path: Path, make_tar: MakeTar) -> None:
+    members = [
+        ("a.mix.wav", b"M"),
+        ("a.json", b'{"n": 1}'),
+        ("a.voice.flac", b"V"),
+        ("b.wav", b"B"),
+    ]
+    assert clips(shard("tar", make_tar(tmp_path / "a.tar", members))) == [
+        ("a.mix.wav", b"M", {"n": 1}),
+        ("a.voice.flac", b"V", {"n": 1}),
+        ("b.wav", b"B", {}),
+    ]
+
+
+def test_names_with_dots_and_dashes_keep_their_metadata(tmp_path: Path, make_tar: MakeTar) -> None:
+    name = "--04kMEQOAs_0.000_10.000"
+    other = "-0DLPzsiXXE_30.000_40.000"
+    members = [
+        (f"{name}.wav", b"1"),
+        (f"{name}.json", b'{"n": 1}'),
+        (f"{other}.json", b'{"n": 2}'),
+        (f"{other}.wav", b"2"),
+    ]
+    assert clips(shard("tar", make_tar(tmp_path / "a.tar", members))) == [
+        (f"{name}.wav", b"1", {"n": 1}),
+        (f"{other}.wav", b"2", {"n": 2}),
+    ]
+
+
+def test_folders_in_a_tar_are_part_of_the_key(tmp_path: Path, make_tar: MakeTar) -> None:
+    members = [
+        ("one/a.json", b'{"n": 1}'),
+        ("one/a.wav", b"1"),
+        ("two/a.wav", b"2"),
+        ("two/a.json", b'{"n": 2}'),
+        ("./three.x/a.wav", b"3"),
+        ("./three.x/a.json", b'{"n": 3}'),
+    ]
+    assert clips(shard("tar", make_tar(tmp_path / "a.tar", members))) == [
+        ("one/a.wav", b"1", {"n": 1}),
+        ("two/a.wav", b"2", {"n": 2}),
+        ("./three.x/a.wav", b"3", {"n": 3}),
+    ]
+
+
+def test_members_that_are_no_files_are_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in [("d.wav", tarfile.DIRTYPE), ("l.wav", tarfile.SYMTYPE)]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "elsewhere.wav"
+            tar.addfile(info)
+        info = tarfile.TarInfo("a.wav")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"A"))
+    assert clips(shard("tar", tmp_path / "a.tar")) == [("a.wav", b"A", {})]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_and_every_tar_format_are_read(tmp_path: Path, format: int) -> None:
+    # ustar takes at most 100 bytes of name, in a folder of at most 155.
+    name = "f" * 120 + "/" + "n" * 90 + ".wav"
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        for member in (name, "b.wav"):
+            info = tarfile.TarInfo(member)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    assert clips(shard("tar", tmp_path / "a.tar")) == [(name, b"abc", {}), ("b.wav", b"abc", {})]
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar"])
+def test_a_compressed_tar_is_read(tmp_path: Path, make_tar: MakeTar, name: str) -> None:
+    tar = make_tar(tmp_path / name, numbered(4), "w:gz")
+    assert clips(shard("tar", tar)) == [
+        (f"clip-{n}.wav", bytes([n]) * (300 + 400 * n), {"number": n}) for n in range(4)
+    ]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_that_are_not_utf8_become_valid_text(tmp_path: Path, format: int) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=format, errors="surrogateescape") as tar:
+        for name, content in [(b"caf\xe9.wav", b"A"), (b"caf\xe9.json", b'{"n": 1}')]:
+            info = tarfile.TarInfo(os.fsdecode(name))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert clips(shard("tar", tmp_path / "a.tar")) == [("caf\\xe9.wav", b"A", {"n": 1})]
+
+
+def test_a_large_member_waits_on_disk(
+    tmp_path: Path, make_tar: MakeTar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "_IN_MEMORY_BYTES", 1_000)
+    content = os.urandom(5_000)
+    tar = make_tar(tmp_path / "a.tar", [("a.wav", content), ("b.wav", b"B")])
+    assert clips(shard("tar", tar)) == [("a.wav", content, {}), ("b.wav", b"B", {})]
+
+
+def test_a_tar_without_clips_gives_none(tmp_path: Path, make_tar: MakeTar) -> None:
+    tar = make_tar(tmp_path / "a.tar", [("a.txt", b"text")])
+    assert clips(shard("tar", tar)) == []
+    assert clips(shard("tar", make_tar(tmp_path / "empty.tar", []))) == []
+
+
+def test_a_missing_tar_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        clips(shard("tar", tmp_path / "gone.tar"))
+
+
+def test_tar_clips_are_counted_no_further_than_needed(tmp_path: Path, make_tar: MakeTar) -> None:
+    tar = make_tar(tmp_path / "a.tar", numbered(5))
+    counts = []
+    for enough in (1, 4, 5, 99):
+        with tar.open("rb") as stream:
+            counts.append(count_tar_clips(stream, enough))
+    assert counts == [1, 4, 5, 5]
+
+
+# ------------------------------------------------------------------- broken tars
+
+
+def complete_clips(tar: Path, kept: int) -> list[str]:
+    """Audio members that lie within the first `kept` bytes of `tar`."""
+    with tarfile.open(tar) as opened:
+        return [
+            info.name
+            for info in opened
+            if is_audio(info.name) and info.offset_data + info.size <= kept
+        ]
+
+
+@pytest.mark.parametrize("part", range(41))
+def test_a_truncated_tar_gives_the_clips_before_the_break_and_one_error(
+    tmp_path: Path, make_tar: MakeTar, part: int
+) -> None:
+    members = numbered(6)
+    tar = make_tar(tmp_path / "a.tar", members)
+    content = tar.read_bytes()
+    with tarfile.open(tar) as opened:
+        end = opened.getmembers()[-1].offset_data + 512  # where the end marker begins
+    kept = end * part // 40
+    (tmp_path / "cut.tar").write_bytes(content[:kept])
+
+    *before, broken = clips(shard("tar", tmp_path / "cut.tar"))
+    expected = complete_clips(tar, kept)
+    assert [(name, audio) for name, audio, _ in before] == [
+        (name, audio) for name, audio in members if name in expected
+    ]
+    assert broken[0] == "unreadable"
+    assert broken[2:] == ("BrokenShard", {})
+
+
+@pytest.mark.parametrize("part", range(1, 20))
+def test_a_truncated_compressed_tar_loses_no_clip_silently(
+    tmp_path: Path, make_tar: MakeTar, part: int
+) -> None:
+    members = [(f"{number}.wav", os.urandom(5_000)) for number in range(20)]
+    content = make_tar(tmp_path / "a.tar.gz", members, "w:gz").read_bytes()
+    kept = content[: len(content) * part // 20]
+    (tmp_path / "cut.tar.gz").write_bytes(kept)
+
+    *before, broken = clips(shard("tar", tmp_path / "cut.tar.gz"))
+    assert len(before) in (part - 1, part)  # the clips take all but nothing of the bytes
+    assert [(name, audio) for name, audio, _ in before] == members[: len(before)]
+    assert (broken[0], broken[2:]) == ("unreadable", ("BrokenShard", {}))
+
+
+def test_the_metadata_of_the_last_clip_before_a_break_is_kept(
+    tmp_path: Path, make_tar: MakeTar
+) -> None:
+    tar = make_tar(tmp_path / "a.tar", numbered(2))
+    tar.write_bytes(tar.read_bytes()[: 4 * 512 + 100])  # inside the header of clip-1.wav
+    first = ("clip-0.wav", bytes(300), {"number": 0})
+    assert clips(shard("tar", tar)) == [first, BROKEN]
+    assert messages(shard("tar", tar)) == [
+        "the tar is broken after 2 members: it ends inside a header"
+    ]
+
+
+def test_a_tar_that_ends_inside_a_clip_names_it(tmp_path: Path, make_tar: MakeTar) -> None:
+    tar = make_tar(tmp_path / "a.tar", [("a.wav", b"A" * 600), ("b.wav", b"B" * 600)])
+    tar.write_bytes(tar.read_bytes()[: 512 + 1_024 + 512 + 300])
+    assert clips(shard("tar", tar)) == [
+        ("a.wav", b"A" * 600, {}),
+        ("unreadable", "b.wav", "BrokenShard", {}),
+    ]
+    assert messages(shard("tar", tar)) == [
+        "the tar is broken inside member 2: it ends inside a member"
+    ]
+
+
+def test_a_tar_without_its_end_marker_says_so(tmp_path: Path, make_tar: MakeTar) -> None:
+    tar = make_tar(tmp_path / "a.tar", [("a.wav", b"A")])
+    tar.write_bytes(tar.read_bytes()[:1_024])
+    assert clips(shard("tar", tar)) == [("a.wav", b"A", {}), BROKEN]
+    assert messages(shard("tar", tar)) == [
+        "the tar is broken after 1 members: it ends without tar's end marker"
+    ]
+
+
+@pytest.mark.parametrize("kept", [512, 1_024])
+def test_an_end_marker_without_the_padding_behind_it_is_enough(
+    tmp_path: Path, make_tar: MakeTar, kept: int
+) -> None:
+    tar = make_tar(tmp_path / "a.tar", [("a.wav", b"A")])
+    tar.write_bytes(tar.read_bytes()[: 1_024 + kept])
+    assert clips(shard("tar", tar)) == [("a.wav", b"A", {})]
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 512, b"\x01", b"x" * 512], ids=["ff", "bit", "text"])
+def test_a_damaged_header_in_the_middle_is_an_error(
+    tmp_path: Path, make_tar: MakeTar, damage: bytes
+) -> None:
+    tar = make_tar(tmp_path / "a.tar", [(f"{n}.wav", b"x") for n in range(3)])
+    content = bytearray(tar.read_bytes())
+    content[1_024 : 1_024 + len(damage)] = damage
+    tar.write_bytes(content)
+    assert clips(shard("tar", tar)) == [("0.wav", b"x", {}), BROKEN]
+    assert messages(shard("tar", tar)) == ["the tar is broken after 1 members: a header is damaged"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x", b"no tar at all" * 500, gzip.compress(b"x" * 9_000)]
+)
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_a_file_that_is_no_tar_is_one_error(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert clips(shard("tar", tmp_path / name)) == [BROKEN]
+
+
+def test_messages_of_broken_tars_name_no_path_and_no_address(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 500)
+    (message,) = messages(shard("tar", tmp_path / "a.tar"))
+    assert message.startswith("the tar is broken after 0 members: ")
+    assert str(tmp_path) not in message
+    assert "0x" not in message
+
+
+# ----------------------------------------------------------------------- Parquet
+
+
+def write_parquet(
+    file: Path, cells: list[Any], row_group_size: int | None = None, **columns: Any
+) -> Path:
+    table = pa.table({"audio": pa.array(cells, AUDIO), **columns})
+    pq.write_table(table, file, row_group_size=row_group_size)
+    return file
+
+
+def cells(count: int) -> list[dict[str, Any]]:
+    return [{"bytes": bytes([n]) * (n + 1), "path": f"{n}.wav"} for n in range(count)]
+
+
+def expected_rows(first: int, end: int) -> list[tuple[Any, ...]]:
+    return [(f"{n}.wav", bytes([n]) * (n + 1), {}) for n in range(first, end)]
+
+
+def test_rows_of_a_parquet_file_are_clips(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "a.parquet", cells(40), row_group_size=7)
+    assert clips(shard("parquet", file)) == expected_rows(0, 40)
+
+
+def test_a_row_without_a_path_is_named_by_its_number(tmp_path: Path) -> None:
+    rows = [{"bytes": b"A", "path": None}, {"bytes": b"B", "path": ""}, {"bytes": b"C"}]
+    file = write_parquet(tmp_path / "a.parquet", rows)
+    assert [clip[0] for clip in clips(shard("parquet", file))] == [
+        "row-00000000",
+        "row-00000001",
+        "row-00000002",
+    ]
+
+
+def test_a_row_without_bytes_is_an_error_of_its_own(tmp_path: Path) -> None:
+    rows = [
+        {"bytes": b"A", "path": "a.wav"},
+        {"bytes": None, "path": "b.wav"},
+        None,
+        {"bytes": b"", "path": "d.wav"},
+    ]
+    file = write_parquet(tmp_path / "a.parquet", rows, n=[1, 2, 3, 4])
+    assert clips(shard("parquet", file)) == [
+        ("a.wav", b"A", {"n": 1}),
+        ("unreadable", "b.wav", "NoBytes", {"n": 2}),
+        ("unreadable", "row-00000002", "NoBytes", {"n": 3}),
+        ("d.wav", b"", {"n": 4}),
+    ]
+    assert messages(shard("parquet", file)) == ["the row holds no audio bytes"] * 2
+
+
+def test_other_columns_are_metadata_unless_they_hold_bytes(tmp_path: Path) -> None:
+    day = datetime.date(2024, 2, 29)
+    file = write_parquet(
+        tmp_path / "a.parquet",
+        cells(1),
+        text=["é"],
+        day=[day],
+        nested=[{"a": [1, 2]}],
+        missing=pa.array([None], pa.string()),
+        image=[{"bytes": b"PNG", "path": "a.png"}],
+        raw=[b"raw"],
+    )
+    expected = {"text": "é", "day": day, "nested": {"a": [1, 2]}, "missing": None}
+    assert clips(shard("parquet", file)) == [("0.wav", b"\0", expected)]
+
+
+def test_only_the_row_groups_of_a_shard_are_read(tmp_path: Path) -> None:
+    rows = [{"bytes": bytes([n]), "path": None} for n in range(10)]
+    file = write_parquet(tmp_path / "a.parquet", rows, row_group_size=3)
+    found = [
+        [(member, content) for member, content, _ in clips(shard("parquet", file, row_groups=part))]
+        for part in [(0, 1), (1, 3), (3, 4)]
+    ]
+    expected = [(f"row-{n:08d}", bytes([n])) for n in range(10)]
+    assert found == [expected[:3], expected[3:9], expected[9:]]
+
+
+def test_a_large_binary_column_is_audio_too(tmp_path: Path) -> None:
+    kind = pa.struct([("bytes", pa.large_binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"sound": pa.array(cells(2), kind)}), tmp_path / "a.parquet")
+    assert clips(shard("parquet", tmp_path / "a.parquet")) == expected_rows(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "column"),
+    [
+        ([("audio", AUDIO)], "audio"),
+        ([("first", AUDIO), ("second", AUDIO)], "first"),
+        ([("first", AUDIO), ("audio", AUDIO)], "audio"),
+        ([("sound", pa.struct([("bytes", pa.binary())]))], "sound"),
+        ([("audio", pa.binary())], None),
+        ([("audio", pa.struct([("bytes", pa.string())]))], None),
+        ([("audio", pa.struct([("path", pa.string())]))], None),
+        ([], None),
+    ],
+    ids=str,
+)
+def test_the_audio_column_is_found_by_its_type(fields: list[Any], column: str | None) -> None:
+    assert audio_column(pa.schema(fields)) == column
+
+
+@pytest.mark.parametrize("kept", [0, 4, 200, -1, -9, -200])
+def test_a_truncated_parquet_file_is_one_error(tmp_path: Path, kept: int) -> None:
+    file = write_parquet(tmp_path / "a.parquet", cells(40), row_group_size=10)
+    file.write_bytes(file.read_bytes()[:kept])
+    assert clips(shard("parquet", file)) == [BROKEN]
+    (message,) = messages(shard("parquet", file))
+    assert message.startswith("the Parquet file is broken at row 0: ")
+    assert str(tmp_path) not in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("broken_group", range(4))
+def test_a_damaged_row_group_loses_no_row_before_it(tmp_path: Path, broken_group: int) -> None:
+    file = write_parquet(tmp_path / "a.parquet", cells(40), row_group_size=10)
+    column = pq.read_metadata(file).row_group(broken_group).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(file.read_bytes())
+    content[start : start + 40] = b"\xff" * 40
+    file.write_bytes(content)
+    rows = 10 * broken_group
+    assert clips(shard("parquet", file)) == [*expected_rows(0, rows), BROKEN]
+    (message,) = messages(shard("parquet", file))
+    assert message.startswith(f"the Parquet file is broken at row {rows}: ")
+
+
+def test_a_parquet_file_without_audio_is_one_error(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"score": [0.5]}), tmp_path / "a.parquet")
+    assert clips(shard("parquet", tmp_path / "a.parquet")) == [BROKEN]
+    assert messages(shard("parquet", tmp_path / "a.parquet")) == [
+        "the Parquet file is broken at row 0: it has no audio column"
+    ]
+
+
+def test_a_missing_parquet_file_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        clips(shard("parquet", tmp_path / "gone.parquet"))
+
+
+# ------------------------------------------------------------------------- files
+
+
+def test_files_are_read_in_the_order_of_the_shard(tmp_path: Path) -> None:
+    contents = {"b.wav": b"B", "deep/a.wav": os.urandom(3 << 20), "c.flac": b""}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert clips(shard("files", tmp_path, files=tuple(contents))) == [
+        (name, content, {}) for name, content in contents.items()
+    ]
+
+
+def test_a_file_that_is_gone_is_an_error_between_the_others(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(b"A")
+    (tmp_path / "c.wav").write_bytes(b"C")
+    (tmp_path / "d.wav").mkdir()
+    what = shard("files", tmp_path, files=("a.wav", "b.wav", "c.wav", "d.wav"))
+    assert clips(what) == [
+        ("a.wav", b"A", {}),
+        ("unreadable", "b.wav", "FileNotFound", {}),
+        ("c.wav", b"C", {}),
+        ("unreadable", "d.wav", "IsADirectoryError", {}),
+    ]
+    assert messages(what) == ["the file is gone", "the file cannot be opened: Is a directory"]
+
+
+def test_a_file_whose_name_is_not_utf8_is_read_under_a_valid_name(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.wav")
+    (tmp_path / name).write_bytes(b"A")
+    assert clips(shard("files", tmp_path, files=(name,))) == [("caf\\xe9.wav", b"A", {})]
+
+
+def test_files_of_another_file_system_are_read() -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/earmark-test-read/deep/a.wav", b"A")
+    what = shard("files", "memory:///earmark-test-read", files=("deep/a.wav", "gone.wav"))
+    assert clips(what) == [
+        ("deep/a.wav", b"A", {}),
+        ("unreadable", "gone.wav", "FileNotFound", {}),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["files", "tar", "parquet"])
+def test_audio_is_seekable_and_stands_at_its_start(
+    tmp_path: Path, make_tar: MakeTar, kind: str
+) -> None:
+    (tmp_path / "a.wav").write_bytes(b"0123456789")
+    make_tar(tmp_path / "a.tar", [("a.wav", b"0123456789")])
+    write_parquet(tmp_path / "a.parquet", [{"bytes": b"0123456789", "path": "a.wav"}])
+    what = {
+        "files": shard("files", tmp_path, files=("a.wav",)),
+        "tar": shard("tar", tmp_path / "a.tar"),
+        "parquet": shard("parquet", tmp_path / "a.parquet"),
+    }[kind]
+    for clip in read_clips(what):
+        assert not isinstance(clip, UnreadableClip)
+        assert (clip.audio.tell(), clip.audio.read(3)) == (0, b"012")
+        assert (clip.audio.seek(-2, os.SEEK_END), clip.audio.read()) == (8, b"89")
+        assert (clip.member, clip.size_bytes) == ("a.wav", 10)
