@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         write_shards(folder / "shards", args.shards, args.clips, args.seed)
         expected = folder / "undisturbed"
         started = time.monotonic()
-        annotate(folder / "shards", expected, args.checkpoint).wait()
+        finish(annotate(folder / "shards", expected, args.checkpoint))
         wall_s = time.monotonic() - started
 
         kills = outputs = wrong = 0
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             if kills < args.kills and killed(run, output, chance.uniform(0, args.max_delay)):
                 kills += 1
                 continue
-            run.wait()
+            finish(run)
             outputs += 1
             wrong += not table_of(output).equals(table_of(expected))
             if kills >= args.kills:
@@ -96,6 +96,11 @@ def annotate(shards: Path, output: Path, checkpoint: str) -> subprocess.Popen[by
     command = [sys.executable, "-m", "pipeline", "annotate", str(shards)]
     command += ["--output", str(output), "--checkpoint", checkpoint, "--device", "cpu"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def finish(run: subprocess.Popen[bytes]) -> None:
+    if run.wait():
+        raise SystemExit(f"{run.args} ended with {run.returncode}")
 
 
 def killed(run: subprocess.Popen[bytes], output: Path, delay_s: float) -> bool:

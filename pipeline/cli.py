@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from pipeline import __version__
-from student import BUNDLED
+from pipeline.options import AnnotateOptions, UsageError, split_beam_options
 
 EXIT_FAILURES = 1
 EXIT_USAGE = 2
@@ -40,7 +40,7 @@ def cli() -> None:
 )
 @click.option(
     "--checkpoint",
-    default=BUNDLED,
+    default=AnnotateOptions.checkpoint,
     show_default=True,
     metavar="C",
     help="A Hugging Face id (owner/name[@revision]), a local directory, or 'bundled'.",
@@ -74,14 +74,14 @@ def cli() -> None:
 @click.option(
     "--pool",
     type=click.Choice(["max", "mean"]),
-    default="max",
+    default=AnnotateOptions.pool,
     show_default=True,
     help="How a clip's score is made from those of its chunks.",
 )
 @click.option(
     "--score-type",
     type=click.Choice(["float32", "float16"]),
-    default="float32",
+    default=AnnotateOptions.score_type,
     show_default=True,
     help="How scores are stored; float16 halves the table, but BigQuery cannot read it.",
 )
@@ -95,7 +95,7 @@ def cli() -> None:
 @click.option(
     "--files-per-shard",
     type=click.IntRange(1),
-    default=256,
+    default=AnnotateOptions.files_per_shard,
     show_default=True,
     metavar="N",
     help="How many loose audio files make a shard.",
@@ -104,7 +104,7 @@ def cli() -> None:
 @click.option(
     "--max-failure-ratio",
     type=click.FloatRange(0, 1),
-    default=0.5,
+    default=AnnotateOptions.max_failure_ratio,
     show_default=True,
     metavar="R",
     help="Exit with 1 when more than this share of all clips failed.",
@@ -119,8 +119,6 @@ def annotate(
     An INPUT is a WebDataset tar, a Parquet file with an audio column, an audio
     file, a folder (walked recursively) or a quoted glob of these.
     """
-    from pipeline.options import AnnotateOptions, UsageError, split_beam_options
-
     own = [name for parameter in context.command.params for name in parameter.opts]
     with _errors(verbose):
         paths, beam = split_beam_options(inputs, own)
@@ -139,8 +137,6 @@ def demo(folder: str, verbose: bool) -> None:
     """
     from pathlib import Path
 
-    from pipeline.options import AnnotateOptions
-
     with _errors(verbose):
         from rich.console import Console
 
@@ -153,7 +149,6 @@ def demo(folder: str, verbose: bool) -> None:
             AnnotateOptions(
                 inputs=(str(Path(folder) / "shards"),),
                 output=str(output),
-                checkpoint=BUNDLED,
                 overwrite=True,
             ),
             verbose,
@@ -161,7 +156,7 @@ def demo(folder: str, verbose: bool) -> None:
         show_truth(output, Console())
 
 
-def _run(options: Any, verbose: bool) -> None:
+def _run(options: AnnotateOptions, verbose: bool) -> None:
     _quiet(verbose)
     from rich.console import Console
 
@@ -186,19 +181,17 @@ def _run(options: Any, verbose: bool) -> None:
 @contextlib.contextmanager
 def _errors(verbose: bool) -> Any:
     """Turns what went wrong into one sentence and an exit code."""
-    from pipeline.options import UsageError
-
     try:
         yield
     except UsageError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(EXIT_USAGE)
-    except KeyboardInterrupt:
-        click.echo(
-            "Stopped. Finished shards are kept: run the same command again to go on.", err=True
-        )
-        sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if _was_interrupted(error):
+            click.echo(
+                "Stopped. Finished shards are kept: run the same command again to go on.", err=True
+            )
+            sys.exit(EXIT_INTERRUPTED)
         if verbose:
             raise
         first = (str(error).strip().splitlines() or [""])[0]
@@ -208,6 +201,15 @@ def _errors(verbose: bool) -> Any:
             err=True,
         )
         sys.exit(EXIT_FAILURES)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error; Beam wraps it into one of its own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or str(error).startswith("KeyboardInterrupt"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _quiet(verbose: bool) -> None:

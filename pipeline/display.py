@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.run import Job, Outcome
+from student.labels import is_audioset
 from transforms.progress import Progress, read_progress
 from transforms.write import CLIPS_FOLDER
 
@@ -26,7 +27,8 @@ def show_job(job: Job, console: Console) -> None:
     """Says what is about to happen, and to what."""
     checkpoint, shards = job.checkpoint, len(job.plan.shards)
     console.print(
-        f"Student: {escape(checkpoint.name)}, {len(checkpoint.labels)} labels, on {job.device} in {job.dtype}",
+        f"Student: {escape(checkpoint.name)}, {len(checkpoint.labels)} labels "
+        f"({'AudioSet' if is_audioset(checkpoint.labels) else 'its own'}), on {job.device} in {job.dtype}",
         highlight=False,
         soft_wrap=True,
     )
@@ -52,10 +54,15 @@ def show_job(job: Job, console: Console) -> None:
 def live(job: Job, folder: Path, console: Console) -> Iterator[None]:
     """Shows clips, speed, failures and time left while its context lasts."""
     size = sum(shard.size_bytes for shard in job.todo)
+    limits = [shard.max_clips for shard in job.todo if shard.max_clips is not None]
+    clips = sum(limits) if len(limits) == len(job.todo) else None
     started, stop = time.monotonic(), threading.Event()
 
     def line() -> str:
-        return progress_line(read_progress(folder), size, len(job.todo), time.monotonic() - started)
+        done, elapsed_s = read_progress(folder), time.monotonic() - started
+        # Bytes tell how far a run is, unless it stops at a number of clips.
+        share = done.clips / clips if clips else done.bytes / size if size else 0.0
+        return progress_line(done, share, len(job.todo), elapsed_s)
 
     def show_in_terminal() -> None:
         with console.status("loading the student") as status:
@@ -75,25 +82,24 @@ def live(job: Job, folder: Path, console: Console) -> Iterator[None]:
         thread.join()
 
 
-def progress_line(done: Progress, size_bytes: int, shards: int, elapsed_s: float) -> str:
-    """One line on how far a run is; the time left follows the bytes that are read."""
+def progress_line(done: Progress, share: float, shards: int, elapsed_s: float) -> str:
+    """One line on how far a run is; `share` of the work done gives the time left."""
     rate = done.clips / elapsed_s
     line = (
         f"{done.clips:,} clips, {done.shards}/{shards} shards, {rate:.1f} clips/s, "
         f"{done.audio_s / elapsed_s:.0f}x real time, {done.failed:,} failed"
     )
-    share = min(1.0, done.bytes / size_bytes) if size_bytes else 0.0
     if done.shards == shards:
         return f"{line}, finishing"
     if share < 0.01:
         return f"{line}, time left unknown yet"
-    return f"{line}, {_duration(elapsed_s * (1 - share) / share)} left"
+    return f"{line}, {_duration(elapsed_s * max(0.0, 1 - share) / share)} left"
 
 
 def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
     """The end of a run: totals, failures, the most frequent tags, how to go on."""
     total = outcome.total
-    if outcome.clips:
+    if outcome.shards:
         console.print(
             f"{outcome.clips:,} clips ({_duration(outcome.audio_s)} of audio) in {_duration(outcome.wall_s)}: "
             f"{outcome.clips / outcome.wall_s:.1f} clips/s, {outcome.audio_s / outcome.wall_s:.0f}x real time",

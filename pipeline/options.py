@@ -6,10 +6,13 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from transforms.score import Pool
-from transforms.write import ScoreType
+from student import BUNDLED
+
+if TYPE_CHECKING:  # heavy to import, and only types here
+    from transforms.score import Pool
+    from transforms.write import ScoreType
 
 # Beam's `DirectRunner` is another engine online (Prism, which it downloads) than
 # offline. This is the in-process one by name, the same everywhere.
@@ -26,7 +29,7 @@ class AnnotateOptions:
 
     inputs: tuple[str, ...]
     output: str
-    checkpoint: str
+    checkpoint: str = BUNDLED
     device: str = "auto"
     dtype: str = "auto"
     threshold: float | None = None  # None: the checkpoint's own

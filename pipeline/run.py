@@ -19,7 +19,12 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import (
+    DirectOptions,
+    PipelineOptions,
+    SetupOptions,
+    StandardOptions,
+)
 
 from pipeline import __version__
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
@@ -28,17 +33,19 @@ from student.labels import ancestors, audioset_ontology
 from student.model import DeviceError, choose_device, choose_dtype
 from transforms.annotate import AnnotateShards, Annotation
 from transforms.decode import RESAMPLE_QUALITY
-from transforms.records import Shard
+from transforms.records import Shard, as_text
 from transforms.shards import InputError, Plan, limit_shards, outdated, plan_shards
 from transforms.write import (
     CLIPS_FOLDER,
+    RUN_FILE,
+    RUN_KEY,
     RowOptions,
     ShardSummary,
+    partial_of,
     read_summary,
     remove_abandoned,
 )
 
-RUN_FILE = "run.json"
 LABELS_FILE = "labels.parquet"
 SUMMARY_FILE = "summary.json"
 
@@ -57,7 +64,7 @@ class Job:
     dtype: str
     plan: Plan
     todo: list[Shard]  # the shards of the plan that have no file yet
-    run: dict[str, Any]  # what run.json says
+    run: str  # what run.json says
 
     @property
     def finished(self) -> int:
@@ -70,6 +77,7 @@ class Outcome:
     """What a run came to."""
 
     total: ShardSummary  # of everything in the output
+    shards: int  # of this run alone
     clips: int  # of this run alone
     audio_s: float  # of this run alone
     wall_s: float
@@ -94,8 +102,9 @@ def prepare(options: AnnotateOptions) -> Job:
         UsageError: an option, an input, the checkpoint, the device or the output
             cannot be used as asked.
     """
-    if "://" in options.output:
-        raise UsageError(f"--output {options.output!r} is a URL; give a local folder")
+    if "://" in options.output or not options.output:
+        raise UsageError(f"--output {options.output!r} is not a local folder")
+    _pipeline(options.beam)  # Beam checks its options when a pipeline is made
     try:
         device = choose_device(options.device)
         dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
@@ -108,25 +117,24 @@ def prepare(options: AnnotateOptions) -> Job:
 
     run = describe_run(options, checkpoint, dtype)
     output = Path(options.output)
-    if options.overwrite:
-        _empty(output)
     try:
-        _claim(output, run, checkpoint, _thresholds(options, checkpoint))
+        if options.overwrite:
+            _empty(output)
+        claimed = _claim(output, run)
+        if not (output / LABELS_FILE).exists():
+            thresholds = _thresholds(options, checkpoint)
+            _write_atomically(
+                output / LABELS_FILE, lambda file: write_labels(file, checkpoint, thresholds)
+            )
+        remove_abandoned(output)
+        done = {file.stem for file in (output / CLIPS_FOLDER).glob("*.parquet")}
     except OSError as error:
         raise UsageError(
             f"--output {options.output!r} cannot be written: {error.strerror}"
         ) from error
-    remove_abandoned(output)
-
-    done = {file.stem for file in (output / CLIPS_FOLDER).glob("*.parquet")}
-    if stale := outdated(plan.shards, done):
-        raise UsageError(
-            f"{len(stale)} finished files in {output} are of an input that holds other files or row "
-            f"groups by now ({stale[0]} first): its clips would be in the table twice; use --overwrite "
-            "to start anew, or another --output"
-        )
+    _refuse_other_divisions(output, plan.shards, done)
     todo = [shard for shard in plan.shards if shard.id not in done]
-    return Job(options, checkpoint, str(device), dtype, plan, todo, run)
+    return Job(options, checkpoint, str(device), dtype, plan, todo, claimed)
 
 
 def execute(job: Job, watch: Callable[[Job, Path], AbstractContextManager[Any]]) -> Outcome:
@@ -143,16 +151,17 @@ def execute(job: Job, watch: Callable[[Job, Path], AbstractContextManager[Any]])
             annotation = Annotation(
                 checkpoint=job.options.checkpoint,
                 weights_sha256=job.checkpoint.weights_sha256,
+                config_sha256=job.checkpoint.config_sha256,
                 device=job.device,
                 dtype=job.dtype,
                 pool=job.options.pool,
                 rows=_row_options(job.options, job.checkpoint),
                 output=str(output.resolve()),
-                run=json.dumps(job.run),
+                run=job.run,
                 progress_folder=progress,
             )
             with watch(job, Path(progress)):
-                root = beam.Pipeline(options=_beam_options(job.options.beam))
+                root = _pipeline(job.options.beam)
                 annotate(root, job.todo, annotation)
                 root.run().wait_until_finish()
     wall_s = time.monotonic() - started
@@ -168,7 +177,9 @@ def describe_run(options: AnnotateOptions, checkpoint: Checkpoint, dtype: str) -
     """
     thresholds = _thresholds(options, checkpoint)
     scoring = {
+        "earmark": __version__,
         "weights_sha256": checkpoint.weights_sha256,
+        "config_sha256": checkpoint.config_sha256,
         "labels": _digest([asdict(label) for label in checkpoint.labels]),
         "features": asdict(checkpoint.features),
         "dtype": dtype,
@@ -186,7 +197,7 @@ def describe_run(options: AnnotateOptions, checkpoint: Checkpoint, dtype: str) -
         "earmark": __version__,
         "fingerprint": _digest(scoring),
         "checkpoint": {
-            "name": checkpoint.name,
+            "name": as_text(checkpoint.name),
             "weights_sha256": checkpoint.weights_sha256,
             "labels": len(checkpoint.labels),
             "thresholds": "option" if options.threshold is not None
@@ -194,11 +205,11 @@ def describe_run(options: AnnotateOptions, checkpoint: Checkpoint, dtype: str) -
         },
         "scoring": scoring,
         "thresholds": {label.name: t for label, t in zip(checkpoint.labels, thresholds, strict=True)},
-        "inputs": list(options.inputs),
+        "inputs": [as_text(pattern) for pattern in options.inputs],
         "options": {
             name: value
             for name, value in asdict(options).items()
-            if name not in ("inputs", "output", "overwrite")
+            if name not in ("inputs", "output", "checkpoint", "overwrite")
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS_OF},
     }  # fmt: skip
@@ -237,10 +248,8 @@ LABELS_SCHEMA = pa.schema(
 )
 
 
-def _claim(
-    output: Path, run: dict[str, Any], checkpoint: Checkpoint, thresholds: tuple[float, ...]
-) -> None:
-    """Makes `output` this run's, or checks that it is of the same making."""
+def _claim(output: Path, run: dict[str, Any]) -> str:
+    """Makes `output` this run's, or checks that it is of the same making; gives its `run.json`."""
     run_file = output / RUN_FILE
     if not run_file.exists():
         if any((output / CLIPS_FOLDER).glob("*")):
@@ -249,25 +258,40 @@ def _claim(
                 f"(there is no {RUN_FILE}); choose another --output"
             )
         output.mkdir(parents=True, exist_ok=True)
-        _write_atomically(
-            output / LABELS_FILE, lambda file: write_labels(file, checkpoint, thresholds)
-        )
         text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
         _write_atomically(run_file, lambda file: file.write_text(text, "utf-8"), first_wins=True)
     try:
-        earlier = json.loads(run_file.read_text("utf-8"))
+        claimed = run_file.read_text("utf-8")
+        earlier = json.loads(claimed)["scoring"]
         differences = [
-            f"{key} was {_shown(earlier['scoring'].get(key))}, is {_shown(value)}"
+            f"{key} was {_shown(earlier.get(key))}, is {_shown(value)}"
             for key, value in run["scoring"].items()
-            if earlier["scoring"].get(key) != value
+            if earlier.get(key) != value
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{run_file} is damaged; use --overwrite to start anew") from error
     if differences:
         raise UsageError(
             f"--output {str(output)!r} holds rows that were made otherwise: {'; '.join(differences)}. "
             "One output holds one making: choose another --output, or start anew with --overwrite"
         )
+    return claimed
+
+
+def _refuse_other_divisions(output: Path, planned: list[Shard], done: set[str]) -> None:
+    """Refuses shards of a folder or Parquet file whose clips a finished file holds already."""
+    files = {(as_text(shard.uri), as_text(file)) for shard in planned for file in shard.files}
+    for shard_id in outdated(planned, done):
+        table = pq.read_table(
+            output / CLIPS_FOLDER / f"{shard_id}.parquet", columns=["shard", "member"]
+        )
+        rows = zip(table["shard"].to_pylist(), table["member"].to_pylist(), strict=True)
+        if "-rg" in shard_id or not files.isdisjoint(rows):
+            raise UsageError(
+                f"{output}/{CLIPS_FOLDER}/{shard_id}.parquet is finished, but its input is divided "
+                "otherwise by now (files were added or removed): clips would be in the table twice; "
+                "use --overwrite to start anew, or another --output"
+            )
 
 
 def _shown(value: Any) -> str:
@@ -288,24 +312,36 @@ def _empty(output: Path) -> None:
 def _write_atomically(
     file: Path, write: Callable[[Path], Any], *, first_wins: bool = False
 ) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    write(partial)
-    if first_wins:
+    partial = partial_of(file)
+    try:
+        write(partial)
+        if not first_wins:
+            partial.replace(file)
+            return
         try:
-            os.link(partial, file)
+            os.link(partial, file)  # fails where another process was first
         except FileExistsError:
             pass
-        finally:
-            partial.unlink()
-    else:
-        partial.replace(file)
+        except OSError:  # a file system without hard links
+            if not file.exists():
+                partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _sum_up(output: Path, of_this_run: set[str], wall_s: float) -> Outcome:
-    """Adds up the footers of all finished files, and writes `summary.json`."""
+    """Adds up the footers of all finished files, and writes `summary.json`.
+
+    Raises:
+        ValueError: a file is damaged, or of another making than `run.json` says.
+    """
+    making = json.loads((output / RUN_FILE).read_text("utf-8"))["fingerprint"]
     total, now = ShardSummary(), ShardSummary()
     for file in sorted((output / CLIPS_FOLDER).glob("*.parquet")):
         summary = read_summary(file)
+        made = json.loads(pq.read_metadata(file).metadata[RUN_KEY])["fingerprint"]
+        if made != making:
+            raise ValueError(f"{file} is of another making than {RUN_FILE}; use --overwrite")
         total += summary
         if file.stem in of_this_run:
             now += summary
@@ -326,16 +362,27 @@ def _sum_up(output: Path, of_this_run: set[str], wall_s: float) -> Outcome:
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     _write_atomically(output / SUMMARY_FILE, lambda file: file.write_text(text, "utf-8"))
-    return Outcome(total, now.clips, now.audio_s, wall_s)
+    return Outcome(total, len(of_this_run), now.clips, now.audio_s, wall_s)
 
 
-def _beam_options(beam_options: tuple[str, ...]) -> PipelineOptions:
+def _pipeline(beam_options: tuple[str, ...]) -> beam.Pipeline:
+    """An empty pipeline with Beam's options, earmark's defaults among them.
+
+    Raises:
+        UsageError: Beam does not accept the options.
+    """
     options = PipelineOptions(list(beam_options))
     if "runner" not in options.get_all_options(drop_default=True):
-        options.view_as(beam.options.pipeline_options.StandardOptions).runner = DEFAULT_RUNNER
+        options.view_as(StandardOptions).runner = DEFAULT_RUNNER
     # Everything lives in installed modules; a pickled main session would only hide a missing one.
-    options.view_as(beam.options.pipeline_options.SetupOptions).save_main_session = False
-    return options
+    options.view_as(SetupOptions).save_main_session = False
+    if options.view_as(DirectOptions).direct_num_workers < 0:
+        raise UsageError("--direct_num_workers must be 0 (all cores) or more")
+    try:
+        return beam.Pipeline(options=options)
+    except (ValueError, RuntimeError, ImportError) as error:
+        lines = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise UsageError(f"Beam does not take these options: {lines}") from error
 
 
 def _row_options(options: AnnotateOptions, checkpoint: Checkpoint) -> RowOptions:

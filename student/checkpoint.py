@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from student import BUNDLED
 from student.features import FeatureSpec
 from student.labels import Label, checkpoint_labels
@@ -23,6 +25,7 @@ MODEL_TYPE = "audio-spectrogram-transformer"
 DEFAULT_THRESHOLD = 0.2  # where a checkpoint states none; bookbot's own choice for Distil-AST
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_CONFIG_FILES = ("config.json", "preprocessor_config.json")
 _HUB_FILES = ["*.json", "*.safetensors", "README.md"]
 
 
@@ -41,6 +44,8 @@ class Checkpoint:
     thresholds: tuple[float, ...]  # one a label
     has_own_thresholds: bool
     weights_sha256: str
+    config_sha256: str  # of config.json and preprocessor_config.json: the same weights in
+    # another architecture, or with other features, give other scores
 
     @property
     def is_bundled(self) -> bool:
@@ -69,7 +74,7 @@ def read_checkpoint(checkpoint: str) -> Checkpoint:
         features = FeatureSpec.from_preprocessor_config(
             _read_json(directory / "preprocessor_config.json")
         )
-        id2label = {int(index): str(name) for index, name in config.get("id2label", {}).items()}
+        id2label = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
         labels = checkpoint_labels(id2label, config.get("label_mids"))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoint!r}: {error}") from error
@@ -92,6 +97,7 @@ def read_checkpoint(checkpoint: str) -> Checkpoint:
         else (DEFAULT_THRESHOLD,) * len(labels),
         has_own_thresholds=own,
         weights_sha256=_sha256(_weight_files(directory)),
+        config_sha256=_sha256([directory / name for name in _CONFIG_FILES]),
     )
 
 
@@ -121,6 +127,10 @@ def find_checkpoint(checkpoint: str) -> Path:
                 repo_id, revision=revision or None, allow_patterns=_HUB_FILES
             )
         )
+    except errors.HFValidationError as error:
+        raise CheckpointError(
+            f"checkpoint {checkpoint!r} is no Hugging Face id: {error}"
+        ) from error
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"checkpoint {checkpoint!r} is gated: accept its terms on the Hugging Face Hub, then `hf auth login`"
@@ -147,6 +157,12 @@ def _weight_files(directory: Path) -> list[Path]:
             f"{directory} holds no model.safetensors; convert older weights with transformers' "
             "save_pretrained (earmark does not open pickled weights)"
         )
+    for file in files:
+        try:
+            with safe_open(file, "numpy"):  # reads the header: a damaged file is told at once
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged or cut short: {error}") from error
     return files
 
 

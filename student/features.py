@@ -9,6 +9,7 @@ in that order. Unlike Kaldi itself, samples stay in [-1, 1].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,8 +57,10 @@ class FeatureSpec:
             std=float(config.get("std", default.std)),
             do_normalize=bool(config.get("do_normalize", default.do_normalize)),
         )
-        if min(spec.sample_rate, spec.num_mel_bins, spec.max_length) < 1 or spec.std <= 0:
+        if min(spec.sample_rate, spec.num_mel_bins, spec.max_length) < 1 or not spec.std > 0:
             raise ValueError(f"{spec} has a number that is not positive")
+        if not math.isfinite(spec.mean) or not math.isfinite(spec.std):
+            raise ValueError(f"{spec} has a mean or std that is not finite")
         return spec
 
     @property

@@ -55,6 +55,10 @@ class Student:
         self.device = device
         self.dtype = dtype
         self._model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        if device.type == "cuda" and dtype is torch.float32:
+            # float32 that was asked for is not to be TF32's 10 bits of mantissa.
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
         self._log_mel = LogMel(checkpoint.features).to(device)
         tokens = model.audio_spectrogram_transformer.embeddings.position_embeddings.shape[1]
         self.max_batch = max(1, _MAX_BATCH_TOKENS[device.type] // tokens)

@@ -37,7 +37,6 @@ SYNTHETIC_VALIDATION_PER_SOUND = 10
 TEACHER_POSITIVE = 0.3  # a teacher score that counts as "has the label" in validation
 LOG_EVERY = 250  # steps
 VALIDATE_EVERY = 1_500  # steps
-FULL_VIEW = 0.12  # of the steps, the last: they see all patches, as in use
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--corpus", type=Path, required=True, help="folder with tars and teacher_scores.parquet")
     add("--output", type=Path, required=True, help="folder for the checkpoint")
-    add("--steps", type=int, default=9_000, help="optimiser steps")
+    add("--steps", type=int, default=7_500, help="optimiser steps")
+    add("--schedule-steps", type=int, default=9_000, help="steps at which the rate reaches 0")
     add("--clips", type=int, default=0, help="only the first N clips of the corpus (0: all)")
     add("--batch", type=int, default=32, help="clips a step")
     add("--lr", type=float, default=1e-3, help="peak learning rate")
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         "corpus_clips": corpus_clips,
         "synthetic_train_clips": len(train) - corpus_clips,
         "steps": args.steps,
+        "schedule_steps": args.schedule_steps,
         "batch": args.batch,
         "keep_patches": args.keep_patches,
         "seed": args.seed,
@@ -120,10 +121,10 @@ def train_student(
         lr=args.lr,
         betas=(0.9, 0.98),
     )
-    warm_up = min(500, args.steps // 10 + 1)
+    warm_up, end = min(500, args.schedule_steps // 10 + 1), args.schedule_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
-        lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / args.steps)),
+        lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / end)),
     )
 
     weights = sampling_weights(clips)
@@ -131,9 +132,8 @@ def train_student(
     for step in range(1, args.steps + 1):
         rows = torch.from_numpy(random.choice(len(clips), args.batch, p=weights))
         partners = torch.from_numpy(random.choice(len(clips), args.batch, p=weights))
-        keep = args.keep_patches if step <= (1 - FULL_VIEW) * args.steps else 1.0
         inputs, inside, targets = augmented(clips, rows, partners, spec, random, args.mix)
-        logits = logits_of(model, inputs, inside, keep)
+        logits = logits_of(model, inputs, inside, args.keep_patches)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
         loss = loss / args.batch
         optimiser.zero_grad(set_to_none=True)

@@ -97,9 +97,9 @@ thresholds are stated: 0.2 is the default, not a calibration.
 ## How it was trained
 
 `python -m training.bundled --corpus CORPUS --output student/bundled`, seed {metrics["seed"]}:
-{metrics["steps"]:,} steps of {metrics["batch"]} clips on two CPU cores, AdamW with a cosine schedule, weight
-averaging, binary cross-entropy to the targets; random crops, mixtures of two clips,
-gain, equalisation and masks; {100 * (1 - metrics["keep_patches"]):.0f} % of the patches dropped at each step but the last 12 %.
+{metrics["steps"]:,} steps of {metrics["batch"]} clips on two CPU cores (a cosine schedule towards 0 at {metrics["schedule_steps"]:,}),
+AdamW, weight averaging, binary cross-entropy to the targets; random crops, mixtures of two clips,
+gain, equalisation and masks; {100 * (1 - metrics["keep_patches"]):.0f} % of the patches dropped at each step.
 """
 
 

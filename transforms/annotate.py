@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transforms.records import ScoredClip, Shard
 from transforms.score import Pool, decode_clips, score_clips
 from transforms.write import (
     CLIPS_FOLDER,
+    RUN_FILE,
     RowOptions,
     ShardSummary,
     clip_row,
@@ -37,7 +39,8 @@ class Annotation:
     """How shards are annotated, and where their files go."""
 
     checkpoint: str
-    weights_sha256: str  # a worker that finds other weights stops
+    weights_sha256: str  # a worker that finds other weights or another config stops
+    config_sha256: str
     device: str
     dtype: str
     pool: Pool
@@ -100,12 +103,14 @@ def load_student(annotation: Annotation) -> Student:
         CheckpointError: the checkpoint here is not the one that the run began with.
     """
     student = Student.load(annotation.checkpoint, annotation.device, annotation.dtype)
-    found = student.checkpoint.weights_sha256
-    if found != annotation.weights_sha256:
-        raise CheckpointError(
-            f"checkpoint {annotation.checkpoint!r} has weights {found[:12]}... on this worker, but the "
-            f"run was started with {annotation.weights_sha256[:12]}...; give all workers the same files"
-        )
+    for what in ("weights", "config"):
+        found = getattr(student.checkpoint, f"{what}_sha256")
+        expected = getattr(annotation, f"{what}_sha256")
+        if found != expected:
+            raise CheckpointError(
+                f"checkpoint {annotation.checkpoint!r} has {what} {found[:12]}... on this worker, but "
+                f"the run was started with {expected[:12]}...; give all workers the same files"
+            )
     return student
 
 
@@ -136,28 +141,50 @@ def annotate_shard(
         clips_schema(len(student.labels), student.embedding_size, options),
         Path(annotation.output) / CLIPS_FOLDER / f"{shard.id}.parquet",
         annotation.run,
+        before_publishing=lambda: check_claim(Path(annotation.output), annotation.run),
     )
     progress.counts.shards += 1
     progress.write(now=True)
     return summary
 
 
+def check_claim(output: Path, run: str) -> None:
+    """Makes sure that `output` is still of this run's making.
+
+    Raises:
+        RuntimeError: another run has emptied it with --overwrite since.
+    """
+    try:
+        claimed = json.loads((output / RUN_FILE).read_text("utf-8"))["fingerprint"]
+    except FileNotFoundError:
+        claimed = None
+    if claimed != json.loads(run)["fingerprint"]:
+        raise RuntimeError(
+            f"another run has started {output} anew; this one publishes nothing more"
+        )
+
+
 def _rows(
     scored: Iterable[ScoredClip], shard: Shard, student: Student, options: RowOptions
 ) -> Iterator[dict[str, Any]]:
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
     for clip in scored:
         clip_id = unique(f"{shard.id}/{clip.clip.member or '(broken shard)'}", seen)
         yield clip_row(clip, shard, clip_id, student.labels, options)
 
 
-def unique(clip_id: str, seen: set[str]) -> str:
-    """`clip_id`, with `#2`, `#3`, ... where a shard names a member twice; adds it to `seen`."""
-    numbered, count = clip_id, 1
-    while numbered in seen:
-        count += 1
-        numbered = f"{clip_id}#{count}"
-    seen.add(numbered)
+def unique(clip_id: str, seen: dict[str, int]) -> str:
+    """`clip_id`, with `#2`, `#3`, ... where a shard names a member more than once.
+
+    `seen` holds how often each id was given so far; the answer is added to it.
+    """
+    number = seen.get(clip_id, 0) + 1
+    numbered = clip_id if number == 1 else f"{clip_id}#{number}"
+    while number > 1 and numbered in seen:  # a member that is itself named `x#2`
+        number += 1
+        numbered = f"{clip_id}#{number}"
+    seen[clip_id] = number
+    seen.setdefault(numbered, 1)
     return numbered
 
 

@@ -16,8 +16,12 @@ from numpy.typing import NDArray
 
 from transforms.records import ClipError
 
+MIN_SAMPLE_RATE = 1_000  # Hz; below it is a damaged header, and hours of nothing
 BLOCK_S = 2.0  # decoded audio handled at a time: bounds memory, amortises Python's overhead
 RESAMPLE_QUALITY = "HQ"  # soxr's high quality: 20-bit, the usual choice for 16-bit audio
+
+# A clip may be a playlist; what it names is not opened.
+_NO_OTHER_FILES = {"protocol_whitelist": "none"}
 
 # ffmpeg's names for what libsndfile calls subtype, so that `codec` has one vocabulary.
 _SOUNDFILE_CODECS = {
@@ -88,7 +92,13 @@ class AudioDecoder:
             facts = self.facts
             assert facts is not None  # set before a decoder's first block
             _measure(facts, block)
-            mixed = block.mean(axis=0, dtype=np.float32)
+            if facts.sample_rate < MIN_SAMPLE_RATE:
+                raise ClipError(
+                    "decode",
+                    "SampleRate",
+                    f"the audio states {facts.sample_rate} Hz, less than {MIN_SAMPLE_RATE} Hz",
+                )
+            mixed = block.mean(axis=0, dtype=np.float64).astype(np.float32)
             if facts.sample_rate == sample_rate:
                 yield mixed
                 continue
@@ -104,19 +114,17 @@ class AudioDecoder:
 
     def _first_that_begins(self) -> Iterator[NDArray[np.float32]]:
         """Blocks [channels, samples] of ffmpeg, or of libsndfile where ffmpeg yields none."""
-        begun = False
         try:
-            for block in self._ffmpeg_blocks():
-                begun = True
-                yield block
-            if begun:
+            yield from self._ffmpeg_blocks()
+            if self.facts is not None:
                 return
             refusal = "the audio holds no samples"
         # IndexError: no audio stream; AttributeError: a codec this build lacks;
         # UnicodeDecodeError: tags that are not text. PyAV lets all three escape.
         except (av.FFmpegError, IndexError, AttributeError, UnicodeDecodeError) as error:
             refusal = _refusal(error)
-            if begun:
+            if self.facts is not None:
+                # libsndfile would stop at the same fault, but without a word.
                 raise ClipError("decode", _error_type(error), refusal) from error
             refused = error
         else:
@@ -126,12 +134,15 @@ class AudioDecoder:
         self._file.seek(0)
         try:
             yield from self._soundfile_blocks()
-        except soundfile.LibsndfileError as error:
+        # TypeError: a file named .raw, for which soundfile wants a format.
+        except (soundfile.LibsndfileError, TypeError) as error:
             kind = _error_type(refused) if refused is not None else "NoAudio"
             raise ClipError("decode", kind, refusal) from error
 
     def _ffmpeg_blocks(self) -> Iterator[NDArray[np.float32]]:
-        with av.open(self._file, mode="r", metadata_errors="replace") as container:
+        with av.open(
+            self._file, mode="r", metadata_errors="replace", options=_NO_OTHER_FILES
+        ) as container:
             stream = container.streams.audio[0]
             codec = stream.codec_context.codec.canonical_name
             kind: tuple[str, str, int] | None = None

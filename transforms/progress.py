@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class ProgressFile:
     """One worker's counts, written to `folder` at most a few times a second."""
 
     def __init__(self, folder: str | None) -> None:
-        self._file = folder and Path(folder) / f"{os.getpid()}-{threading.get_ident()}.json"
+        self._file = folder and Path(folder) / f"{os.getpid()}-{uuid.uuid4().hex}.json"
         self._written_at = 0.0
         self.counts = Progress()
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import math
 import posixpath
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any, BinaryIO, cast
+from itertools import islice
+from typing import Any, BinaryIO, Literal, cast
 
 import fsspec.core
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from fsspec.implementations.local import LocalFileSystem
 
-from transforms.records import ClipError, EncodedClip, Shard, UnreadableClip
+from transforms.records import ClipError, EncodedClip, Shard, UnreadableClip, as_text
 
 AUDIO_SUFFIXES = frozenset(
     ".3gp .aac .ac3 .aif .aifc .aiff .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp3 "
@@ -29,13 +33,27 @@ MAX_METADATA_BYTES = 1 << 20  # a sibling file larger than this is no metadata
 _BLOCK_BYTES = 1 << 20
 _IN_MEMORY_BYTES = 32 << 20  # a larger encoded clip waits on disk while it is decoded
 _PARQUET_ROWS = 16  # rows of a Parquet file held at a time
+_MAX_SAMPLE_CLIPS = 16  # clips of one key held while their metadata may still come
 
 Clips = Iterator[EncodedClip | UnreadableClip]
 
 
 def is_audio(name: str) -> bool:
-    """Whether a file's last suffix is that of an audio format."""
-    return posixpath.splitext(name)[1].lower() in AUDIO_SUFFIXES
+    """Whether a file's last suffix is that of an audio format; hidden files are none."""
+    hidden = posixpath.basename(name).startswith(".")
+    return not hidden and posixpath.splitext(name)[1].lower() in AUDIO_SUFFIXES
+
+
+def open_file_system(path: str) -> tuple[Any, str]:
+    """(file system, path in it) of a path or URL.
+
+    What has no scheme is a local path whatever is in it: fsspec takes `::` for a
+    chain of file systems.
+    """
+    if "://" not in path:
+        local = LocalFileSystem()
+        return local, local._strip_protocol(path)
+    return fsspec.core.url_to_fs(path)
 
 
 def read_clips(shard: Shard) -> Clips:
@@ -51,7 +69,7 @@ def read_clips(shard: Shard) -> Clips:
     if shard.kind == "files":
         yield from _read_files(shard)
         return
-    fs, path = fsspec.core.url_to_fs(shard.uri)
+    fs, path = open_file_system(shard.uri)
     with fs.open(path, "rb") as stream:
         if shard.kind == "tar":
             yield from _read_tar(stream)
@@ -61,21 +79,16 @@ def read_clips(shard: Shard) -> Clips:
 
 def count_tar_clips(stream: BinaryIO, enough: int) -> int:
     """How many clips a tar gives, counting no further than `enough`."""
-    count = 0
-    for _ in _read_tar(stream):
-        count += 1
-        if count == enough:
-            break
-    return count
+    return sum(1 for _ in islice(_read_tar(stream), enough))
 
 
 # --------------------------------------------------------------------- files
 
 
 def _read_files(shard: Shard) -> Clips:
-    fs, root = fsspec.core.url_to_fs(shard.uri)
+    fs, root = open_file_system(shard.uri)
     for name in shard.files:
-        member = _text(name)
+        member = as_text(name)
         try:
             with fs.open(posixpath.join(root, name), "rb") as stream:
                 audio, digest, size = _seekable(stream, member)
@@ -109,6 +122,8 @@ class _StrictTarInfo(tarfile.TarInfo):
                 "TruncatedHeaderError": "it ends inside a header",
             }.get(type(error).__name__, "a header is damaged")
             raise tarfile.ReadError(reason) from error
+        except (ValueError, OverflowError) as error:  # numbers in extended headers
+            raise tarfile.ReadError("a header is damaged") from error
 
 
 def _read_tar(stream: BinaryIO) -> Clips:
@@ -116,50 +131,103 @@ def _read_tar(stream: BinaryIO) -> Clips:
 
     The key is the member's folder and its base name up to the first dot.
     """
-    sample_key: str | None = None
-    audio: list[tuple[str, BinaryIO, str, int]] = []
-    metadata: dict[str, Any] = {}
+    sample = _Sample("")
     members, reading, name = 0, False, None
-
-    def sample() -> Clips:
-        for member, file, digest, size in audio:
-            with closing(file):
-                yield EncodedClip(member, file, size, digest, metadata)
-
+    plain, mode = _uncompressed(stream)
     try:
         with tarfile.open(
-            fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo, errors="surrogateescape"
+            fileobj=plain, mode=mode, tarinfo=_StrictTarInfo, errors="surrogateescape"
         ) as tar:
             for info in tar:
                 members += 1
-                if not info.isreg():
-                    continue
-                name = _text(info.name)
-                key = posixpath.join(
-                    posixpath.dirname(name), posixpath.basename(name).partition(".")[0]
-                )
-                if key != sample_key:
-                    yield from sample()
-                    sample_key, audio, metadata = key, [], {}
-                suffix = posixpath.splitext(name)[1].lower()
+                name = as_text(info.name)
+                if key_of(name) != sample.key:
+                    yield from sample.take_all()
+                    sample = _Sample(key_of(name))
                 reading = is_audio(name)
-                if reading:
+                if info.issym() or info.islnk():
+                    if reading:
+                        target = as_text(info.linkname)
+                        message = (
+                            f"the member is a link to {target!r}; links in tars are not followed"
+                        )
+                        yield UnreadableClip(name, ClipError("read", "Link", message), {})
+                elif info.isreg() and reading:
+                    sample.add_audio(name, *_spool(cast(BinaryIO, tar.extractfile(info))))
+                    yield from sample.take_surplus()
+                elif info.isreg() and _is_metadata(name) and info.size <= MAX_METADATA_BYTES:
                     content = cast(BinaryIO, tar.extractfile(info))
-                    audio.append((name, *_spool(content)))
-                elif suffix in METADATA_SUFFIXES and info.size <= MAX_METADATA_BYTES:
-                    content = cast(BinaryIO, tar.extractfile(info))
-                    metadata.update(_sibling(suffix, content.read()))
+                    sample.add_metadata(name, content.read())
                 reading = False
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        yield from sample()
-        place = f"after {members} members" if not reading else f"inside member {members}"
+        while plain.read(_BLOCK_BYTES):  # to the end, where gzip keeps its checksum
+            pass
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield from sample.take_all()
+        place = f"inside member {members}" if reading else f"after {members} members"
         yield UnreadableClip(
             name if reading else None,
             ClipError("read", "BrokenShard", f"the tar is broken {place}: {_reason(error)}"),
             {},
         )
     else:
-        yield from sample()
+        yield from sample.take_all()
+
+
+def key_of(name: str) -> str:
+    """The key of a member: its folder, and its base name up to the first dot."""
+    return posixpath.join(posixpath.dirname(name), posixpath.basename(name).partition(".")[0])
+
+
+class _Sample:
+    """The members of a tar that share a key, until the next key comes.
+
+    Metadata may stand before or after its audio. Where the names have dots beyond
+    the key (`a_0.5.wav`, `a_0.5.json`, `a_1.5.wav`, ...), metadata goes to the
+    audio of the same stem; else to all audio of the sample.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._audio: list[tuple[str, BinaryIO, str, int]] = []
+        self._stems: set[str] = set()
+        self._metadata: dict[str, dict[str, Any]] = {}
+
+    def add_audio(self, member: str, file: BinaryIO, digest: str, size: int) -> None:
+        self._audio.append((member, file, digest, size))
+        self._stems.add(posixpath.splitext(member)[0])
+
+    def add_metadata(self, member: str, content: bytes) -> None:
+        stem, suffix = posixpath.splitext(member)
+        self._metadata.setdefault(stem, {}).update(_sibling(suffix.lower(), content))
+
+    def take_all(self) -> Clips:
+        """The clips; none is left."""
+        return self._take(len(self._audio))
+
+    def take_surplus(self) -> Clips:
+        """All but the last clip where there are many: names with a dot early may all share a key."""
+        return self._take(len(self._audio) - 1 if len(self._audio) >= _MAX_SAMPLE_CLIPS else 0)
+
+    def _take(self, count: int) -> Clips:
+        taken, self._audio = self._audio[:count], self._audio[count:]
+        for member, file, digest, size in taken:
+            metadata: dict[str, Any] = {}
+            own = posixpath.splitext(member)[0]
+            for stem, entries in self._metadata.items():
+                if stem == own or stem not in self._stems:
+                    metadata.update(entries)
+            with closing(file):
+                yield EncodedClip(member, file, size, digest, metadata)
+
+
+def _uncompressed(stream: BinaryIO) -> tuple[BinaryIO, Literal["r|", "r|*"]]:
+    """The stream and tarfile's mode for it. gzip is unpacked here: tarfile reads only the
+    first member of a concatenated one, and checks no checksum."""
+    magic = stream.read(2)
+    stream.seek(0)
+    if magic == b"\x1f\x8b":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=stream)), "r|"
+    return stream, "r|*"
 
 
 def _reason(error: Exception) -> str:
@@ -169,13 +237,17 @@ def _reason(error: Exception) -> str:
     return text or type(error).__name__
 
 
+def _is_metadata(name: str) -> bool:
+    return posixpath.splitext(name)[1].lower() in METADATA_SUFFIXES
+
+
 def _sibling(suffix: str, content: bytes) -> dict[str, Any]:
     """Metadata of a sample: the entries of a `.json` object; the text of `.txt` and `.cls`."""
     text = content.decode("utf-8", "replace")
     if suffix == ".json":
         try:
-            parsed = json.loads(text)
-        except ValueError:
+            parsed = json.loads(text, parse_constant=lambda _: None)  # NaN is no JSON
+        except (ValueError, RecursionError):
             return {"json": text}
         return parsed if isinstance(parsed, dict) else {"json": parsed}
     return {suffix[1:]: text.strip()}
@@ -202,54 +274,93 @@ def audio_column(schema: pa.Schema) -> str | None:
     return "audio" if "audio" in columns else next(iter(columns), None)
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether pyarrow failed over the content of a file, rather than over reaching it.
+
+    For damaged pages and footers it raises OSError too, then without an errno.
+    """
+    return isinstance(error, pa.ArrowException) or (
+        isinstance(error, OSError) and error.errno is None
+    )
+
+
 def _read_parquet(stream: BinaryIO, row_groups: tuple[int, int] | None) -> Clips:
-    row = 0
+    """Clips row by row. A damaged row group is one `UnreadableClip`; the next ones are read."""
     try:
         parquet = pq.ParquetFile(stream)
         column = audio_column(parquet.schema_arrow)
         if column is None:
             raise pa.ArrowInvalid("it has no audio column")
-        first, end = row_groups or (0, parquet.metadata.num_row_groups)
-        row = sum(parquet.metadata.row_group(group).num_rows for group in range(first))
-        batches = parquet.iter_batches(batch_size=_PARQUET_ROWS, row_groups=range(first, end))
-        for batch in batches:
-            for record in batch.to_pylist():
-                yield _parquet_clip(row, record, column)
-                row += 1
-    # pyarrow raises OSError for damaged pages too, then without an errno.
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if not is_damage(error):
             raise
-        message = f"the Parquet file is broken at row {row}: {str(error).splitlines()[0]}"
-        yield UnreadableClip(None, ClipError("read", "BrokenShard", message), {})
+        yield _broken_parquet("the Parquet file is broken", error)
+        return
+    rows = [parquet.metadata.row_group(g).num_rows for g in range(parquet.metadata.num_row_groups)]
+    first, end = row_groups or (0, len(rows))
+    for group in range(first, end):
+        row = sum(rows[:group])
+        try:
+            for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, row_groups=[group]):
+                for position in range(batch.num_rows):
+                    yield _parquet_clip(row, batch, position, column)
+                    row += 1
+        except (pa.ArrowException, OSError) as error:
+            if not is_damage(error):
+                raise
+            lost = f"rows {row} to {sum(rows[: group + 1]) - 1}"
+            yield _broken_parquet(f"row group {group} is broken, {lost} are lost", error)
 
 
-def _parquet_clip(row: int, record: dict[str, Any], column: str) -> EncodedClip | UnreadableClip:
-    cell = record.pop(column) or {}
-    member = str(cell.get("path") or f"row-{row:08d}")
-    metadata = {name: value for name, value in record.items() if not _holds_bytes(value)}
-    content = cell.get("bytes")
+def _broken_parquet(what: str, error: Exception) -> UnreadableClip:
+    reason = (str(error).splitlines() or [""])[0]
+    return UnreadableClip(None, ClipError("read", "BrokenShard", f"{what}: {reason}"), {})
+
+
+def _parquet_clip(
+    row: int, batch: pa.RecordBatch, position: int, column: str
+) -> EncodedClip | UnreadableClip:
+    cell = batch.column(column)[position]
+    content = cell["bytes"].as_py() if cell.is_valid else None
+    path = _value(cell["path"]) if cell.is_valid and "path" in cell else None
+    member = as_text(str(path)) if path else f"row-{row:08d}"
+    metadata = {
+        name: _value(batch.column(name)[position])
+        for name in batch.schema.names
+        if name != column
+        and not pa.types.is_binary(batch.schema.field(name).type)
+        and not pa.types.is_large_binary(batch.schema.field(name).type)
+    }
     if content is None:
-        return UnreadableClip(
-            member, ClipError("read", "NoBytes", "the row holds no audio bytes"), metadata
-        )
-    return EncodedClip(
-        member, io.BytesIO(content), len(content), xxhash.xxh128_hexdigest(content), metadata
-    )
+        error = ClipError("read", "NoBytes", "the row holds no audio bytes")
+        return UnreadableClip(member, error, metadata)
+    digest = xxhash.xxh128_hexdigest(content)
+    return EncodedClip(member, io.BytesIO(content), len(content), digest, metadata)
 
 
-def _holds_bytes(value: Any) -> bool:
+def _value(scalar: pa.Scalar) -> Any:
+    """A Parquet value as JSON can hold it; None where it cannot be one of Python's."""
+    try:
+        return _plain(scalar.as_py())
+    except (
+        ValueError,
+        OverflowError,
+        pa.ArrowException,
+    ):  # text that is no UTF-8, the year 31,000,000
+        return None
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return any(_holds_bytes(entry) for entry in value.values())
-    return isinstance(value, bytes)
+        return {key: _plain(entry) for key, entry in value.items() if not isinstance(entry, bytes)}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value if not isinstance(entry, bytes)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 # -------------------------------------------------------------------- shared
-
-
-def _text(name: str) -> str:
-    """A member's name as valid Unicode; bytes that are not UTF-8 become \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _seekable(stream: BinaryIO, member: str) -> tuple[BinaryIO, str, int]:

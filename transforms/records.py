@@ -23,6 +23,14 @@ class ClipError(Exception):
         self.message = message
 
 
+def as_text(raw: str) -> str:
+    """`raw` as valid Unicode: bytes that were not UTF-8 become \\xNN, lone surrogates \\uNNNN."""
+    try:
+        return raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return raw.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @dataclass(frozen=True)
 class Shard:
     """A unit of work: read as one, published as one Parquet file named `id`.

@@ -23,7 +23,7 @@ from transforms.records import (
 
 Pool = Literal["max", "mean"]
 
-_EVENTS_AT_ONCE = 256  # so that a run of failed clips, which have no chunks, is written too
+_CLIPS_AT_ONCE = 1_024  # so that a run of failed clips, which have no chunks, is written too
 
 
 def decode_clips(
@@ -47,14 +47,15 @@ def _decode_clip(clip: EncodedClip, features: FeatureSpec) -> Iterator[Chunk | C
         blocks = decoder.mono(features.sample_rate)
         for chunk in cut_chunks(blocks, features.chunk_samples, features.sample_rate):
             samples += len(chunk.waveform)
-            if samples < FRAME_SAMPLES:
-                raise ClipError(
-                    "decode",
-                    "TooShort",
-                    f"{samples} samples at {features.sample_rate} Hz are less than one analysis "
-                    f"frame of {FRAME_SAMPLES}",
-                )
-            yield chunk
+            if samples >= FRAME_SAMPLES:
+                yield chunk
+        if samples < FRAME_SAMPLES:
+            raise ClipError(
+                "decode",
+                "TooShort",
+                f"{samples} samples at {features.sample_rate} Hz are less than one analysis "
+                f"frame of {FRAME_SAMPLES}",
+            )
     except ClipError as fault:
         error = fault
     facts = decoder.facts
@@ -84,9 +85,9 @@ def score_clips(
 ) -> Iterator[ScoredClip]:
     """Yields each clip with its scores, in order.
 
-    Chunks of many clips share a batch. Batches always begin with the first chunk
-    given here and are always `student.max_batch` long, so the same shard has the
-    same batches, and bit for bit the same scores, in every run on one machine.
+    Chunks of many clips share a batch. Batches depend on nothing but the chunks
+    given here, so the same shard has the same batches, and bit for bit the same
+    scores, in every run on one machine.
 
     Args:
         decoded: chunks, each clip's followed by its `ClipEnd`.
@@ -100,7 +101,7 @@ def score_clips(
     for event in decoded:
         waiting.append(event)
         chunks += isinstance(event, Chunk)
-        if chunks == student.max_batch or len(waiting) >= _EVENTS_AT_ONCE:
+        if chunks == student.max_batch or len(waiting) - chunks >= _CLIPS_AT_ONCE:
             yield from _score_waiting(waiting, student, pooled, keep_embeddings)
             waiting, chunks = [], 0
     yield from _score_waiting(waiting, student, pooled, keep_embeddings)

@@ -11,14 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-import fsspec.core
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from transforms.read import audio_column, count_tar_clips, is_audio
+from transforms.read import audio_column, count_tar_clips, is_audio, is_damage, open_file_system
 from transforms.records import Shard
 
 FILES_PER_SHARD = 256
@@ -55,6 +53,8 @@ def plan_shards(patterns: Sequence[str], files_per_shard: int = FILES_PER_SHARD)
     taken: set[str] = set()  # audio files, so that overlapping inputs give no file twice
     ignored: Counter[str] = Counter()
     for pattern in patterns:
+        if not pattern:
+            raise InputError("an input is an empty string; is a shell variable unset?")
         fs, path = _file_system(pattern)
         passed_over: Counter[str] = Counter()
         found = 0
@@ -116,13 +116,12 @@ def outdated(planned: Iterable[Shard], finished_ids: Iterable[str]) -> list[str]
 
 def _source(shard_id: str) -> str:
     """The part of an id that names the tar, Parquet file or folder."""
-    match = re.match(r"(.*?-[0-9a-f]{12})(-|$)", shard_id)
-    return match.group(1) if match else shard_id
+    return re.sub(r"(-rg\d{5}-\d{5}|-\d{5}-[0-9a-f]{12})$", "", shard_id)
 
 
 def _file_system(pattern: str) -> tuple[Any, str]:
     try:
-        fs, path = fsspec.core.url_to_fs(pattern)
+        fs, path = open_file_system(pattern)
     except (ImportError, ValueError) as error:
         raise InputError(f"{pattern!r} cannot be opened: {error}") from error
     return fs, path.rstrip("/") or path
@@ -173,8 +172,10 @@ def _parquet_shards(
         with fs.open(file, "rb") as stream:
             parquet = pq.ParquetFile(stream)
             schema, footer = parquet.schema_arrow, parquet.metadata
-    except pa.ArrowInvalid:
-        yield whole  # broken: reading it gives the row that says so
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
+        yield whole  # reading it gives the row that says what is broken
         return
     if audio_column(schema) is None:
         if must_have_audio:
@@ -214,13 +215,15 @@ def _file_shards(root: str, sizes: dict[str, int], files_per_shard: int) -> Iter
 def _count_clips(shard: Shard, enough: int) -> int:
     if shard.kind == "files":
         return len(shard.files)
-    fs, path = fsspec.core.url_to_fs(shard.uri)
+    fs, path = open_file_system(shard.uri)
     with fs.open(path, "rb") as stream:
         if shard.kind == "tar":
             return count_tar_clips(stream, enough)
         try:
             footer = pq.ParquetFile(stream).metadata
-        except pa.ArrowInvalid:
+        except (pa.ArrowException, OSError) as error:
+            if not is_damage(error):
+                raise
             return 1  # the row that says that the file is broken
         first, end = shard.row_groups or (0, footer.num_row_groups)
         return sum(footer.row_group(group).num_rows for group in range(first, end))

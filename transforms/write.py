@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from student.labels import Label
-from transforms.records import ScoredClip, Shard
+from transforms.records import ScoredClip, Shard, as_text
 
 ScoreType = Literal["float32", "float16"]
 
 CLIPS_FOLDER = "clips"
+RUN_FILE = "run.json"
 PARTIAL_SUFFIX = ".partial"  # and a dot before: no reader of Parquet folders takes it for data
 RUN_KEY = b"earmark.run"  # Parquet key-value metadata: the run description, as in run.json
 SHARD_KEY = b"earmark.shard"  # Parquet key-value metadata: the ShardSummary
@@ -29,7 +31,7 @@ SHARD_KEY = b"earmark.shard"  # Parquet key-value metadata: the ShardSummary
 # Rows are held as columns of one row group: large enough to scan fast (17 MB of
 # 527 float32 scores), small enough to hold in memory.
 ROWS_PER_GROUP = 8_192
-CHUNK_SCORES_PER_GROUP = 32_768  # rows with the scores of many chunks fill a group sooner
+BYTES_PER_GROUP = 64 << 20  # many tags, chunks or much metadata fill a group sooner
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def clip_row(
     clip = scored.clip
     row: dict[str, Any] = {
         "clip_id": clip_id,
-        "shard": shard.uri,
+        "shard": as_text(shard.uri),
         "member": clip.member,
         "duration_s": clip.duration_s,
         "sample_rate": clip.sample_rate,
@@ -113,9 +115,7 @@ def clip_row(
         "rms_dbfs": clip.rms_dbfs,
         "tags": None if scored.scores is None else tags_of(scored.scores, labels, options),
         "scores": scored.scores,
-        "metadata": json.dumps(clip.metadata, ensure_ascii=False, default=str)
-        if clip.metadata
-        else None,
+        "metadata": _json(clip.metadata) if clip.metadata else None,
         "error": None
         if clip.error is None
         else {"stage": clip.error.stage, "type": clip.error.type, "message": clip.error.message},
@@ -125,6 +125,13 @@ def clip_row(
     if options.embeddings:
         row["embedding"] = scored.embedding
     return row
+
+
+def _json(metadata: Mapping[str, Any]) -> str:
+    try:
+        return as_text(json.dumps(metadata, ensure_ascii=False, default=str))
+    except (ValueError, RecursionError) as error:
+        return json.dumps({"unwritable": f"{type(error).__name__} in the clip's metadata"})
 
 
 def tags_of(
@@ -193,7 +200,11 @@ def _chunks_array(clips: Sequence[Any], kind: pa.ListType) -> pa.Array:
 
 
 def write_rows(
-    rows: Iterable[Mapping[str, Any]], schema: pa.Schema, destination: Path, run: str
+    rows: Iterable[Mapping[str, Any]],
+    schema: pa.Schema,
+    destination: Path,
+    run: str,
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> ShardSummary:
     """Writes `rows` to `destination`, which appears complete or not at all.
 
@@ -204,10 +215,11 @@ def write_rows(
     Args:
         destination: `OUTPUT/clips/<shard_id>.parquet`.
         run: the run description, JSON, for the file's metadata.
+        before_publishing: called when the file is whole; what it raises stops it
+            from being published.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    writer_mark = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    partial = destination.with_name(f".{destination.stem}.{writer_mark}{PARTIAL_SUFFIX}")
+    partial = partial_of(destination)
     summary = ShardSummary()
     try:
         with (
@@ -215,14 +227,14 @@ def write_rows(
             pq.ParquetWriter(stream, schema, compression="zstd") as writer,
         ):
             group: list[Mapping[str, Any]] = []
-            chunk_scores = 0
+            held_bytes = 0
             for row in rows:
                 group.append(row)
-                chunk_scores += len(row.get("chunks") or ())
+                held_bytes += _held_bytes(row)
                 _count(summary, row)
-                if len(group) >= ROWS_PER_GROUP or chunk_scores >= CHUNK_SCORES_PER_GROUP:
+                if len(group) >= ROWS_PER_GROUP or held_bytes >= BYTES_PER_GROUP:
                     writer.write_table(rows_to_table(group, schema))
-                    group, chunk_scores = [], 0
+                    group, held_bytes = [], 0
             if group or summary.clips == 0:
                 writer.write_table(rows_to_table(group, schema))
             writer.add_key_value_metadata(
@@ -231,10 +243,24 @@ def write_rows(
             writer.close()
             stream.flush()
             os.fsync(stream.fileno())
+        before_publishing()
         os.replace(partial, destination)
     finally:
         partial.unlink(missing_ok=True)
     return summary
+
+
+def partial_of(file: Path) -> Path:
+    """A hidden name beside `file` to write it under; it tells which process of which host."""
+    mark = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    return file.with_name(f".{file.stem}.{mark}{PARTIAL_SUFFIX}")
+
+
+def _held_bytes(row: Mapping[str, Any]) -> int:
+    """Roughly what a row takes until it is written."""
+    vectors = 1 + len(row.get("chunks") or ())
+    scores = row["scores"].nbytes if row["scores"] is not None else 0
+    return vectors * scores + 200 * len(row["tags"] or ()) + len(row["metadata"] or "")
 
 
 def _count(summary: ShardSummary, row: Mapping[str, Any]) -> None:
@@ -266,16 +292,19 @@ def read_summary(file: Path) -> ShardSummary:
 
 def remove_abandoned(output: Path) -> None:
     """Deletes the partial files of processes of this host that are gone."""
-    for partial in (output / CLIPS_FOLDER).glob(f".*{PARTIAL_SUFFIX}"):
-        name, pid, _ = partial.name.removesuffix(PARTIAL_SUFFIX).rsplit(".", 2)
-        if name.endswith(f".{socket.gethostname()}") and not _is_running(pid):
-            partial.unlink(missing_ok=True)
+    host = re.escape(socket.gethostname())
+    ours = re.compile(rf"\..*\.{host}\.(\d+)\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)}")
+    for folder in (output, output / CLIPS_FOLDER):
+        for partial in folder.glob(f".*{PARTIAL_SUFFIX}"):
+            mark = ours.fullmatch(partial.name)
+            if mark and not _is_running(int(mark.group(1))):
+                partial.unlink(missing_ok=True)
 
 
-def _is_running(pid: str) -> bool:
+def _is_running(pid: int) -> bool:
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
