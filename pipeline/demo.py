@@ -19,14 +19,14 @@ from training.sounds import SAMPLE_RATE, SOUNDS, synthesise
 from transforms.write import CLIPS_FOLDER
 
 SHARDS = 2
-FORMATS = ("wav", "flac", "ogg")
+FORMATS = ("wav", "flac", "mp3")
 SEED = 2024  # not that of the bundled student's training: it never heard these
 
 
 def write_demo_shards(folder: Path) -> list[Path]:
     """Writes WebDataset tars with one instance of each synthetic sound, and one broken clip.
 
-    Each sample is `<name>.<wav|flac|ogg>` and `<name>.json`, whose `truth` lists the
+    Each sample is `<name>.<wav|flac|mp3>` and `<name>.json`, whose `truth` lists the
     labels, the most specific one first.
     """
     random = np.random.default_rng(SEED)

@@ -70,11 +70,13 @@ def read_checkpoint(checkpoint: str) -> Checkpoint:
             f"{directory / 'config.json'} is of model_type {config.get('model_type')!r}; "
             f"earmark runs {MODEL_TYPE!r} (ASTForAudioClassification)"
         )
+    preprocessor = _read_json(directory / "preprocessor_config.json")
     try:
-        features = FeatureSpec.from_preprocessor_config(
-            _read_json(directory / "preprocessor_config.json")
-        )
-        id2label = {int(index): str(name) for index, name in (config.get("id2label") or {}).items()}
+        features = FeatureSpec.from_preprocessor_config(preprocessor)
+        stated = config.get("id2label")
+        if not isinstance(stated, dict):
+            raise ValueError(f"id2label of config.json is {stated!r}, expected index to name")
+        id2label = {int(index): str(name) for index, name in stated.items()}
         labels = checkpoint_labels(id2label, config.get("label_mids"))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {checkpoint!r}: {error}") from error
@@ -142,7 +144,7 @@ def find_checkpoint(checkpoint: str) -> Path:
             f"the Hugging Face Hub has no checkpoint {checkpoint!r}, or it is private: check the "
             "spelling, or log in with `hf auth login`"
         ) from error
-    except (OSError, errors.HfHubHTTPError) as error:
+    except Exception as error:  # the hub's HTTP library, and so its errors, change with versions
         raise CheckpointError(
             f"checkpoint {checkpoint!r} is not in the local cache and the Hugging Face Hub cannot be "
             f"reached: connect to the network once, or give a local directory (`hf download {repo_id} "

@@ -96,7 +96,10 @@ def checkpoint_labels(
     count = len(id2label)
     if sorted(id2label) != list(range(count)):
         raise ValueError(f"id2label must name the indices 0 to {count - 1} without gaps")
-    names = [id2label[index] for index in range(count)]
+    ontology = audioset_ontology()
+    # Some checkpoints write the mid as the name.
+    stated_names = [id2label[index] for index in range(count)]
+    names = [ontology[name].name if name in ontology else name for name in stated_names]
     if names == [f"LABEL_{index}" for index in range(count)]:
         raise ValueError(
             f"the checkpoint does not name its {count} labels (id2label is LABEL_0, LABEL_1, ...); "
@@ -108,13 +111,10 @@ def checkpoint_labels(
     if mids is not None and len(mids) != count:
         raise ValueError(f"the checkpoint states {len(mids)} mids for {count} labels")
 
-    ontology = audioset_ontology()
     mid_of_name = {label.name: label.mid for label in audioset_labels()}
     labels = []
-    for index, name in enumerate(names):
-        known = mid_of_name.get(name, "")
-        if not known and name in ontology:  # some checkpoints write the mid as the name
-            known, name = name, ontology[name].name
+    for index, (name, stated_name) in enumerate(zip(names, stated_names, strict=True)):
+        known = stated_name if stated_name in ontology else mid_of_name.get(name, "")
         stated = mids[index] if mids is not None else known
         if known and stated and stated != known:
             raise ValueError(

@@ -61,13 +61,23 @@ def sine(amplitude: float, samples: int = 16_000) -> NDArray[np.float32]:
     return (amplitude * np.sin(2 * np.pi * 500 * np.arange(samples) / 16_000)).astype(np.float32)
 
 
-def wav(data: bytes, size: int | None = None, extra: bytes = b"") -> bytes:
-    """A mono 16-bit WAV at 16 kHz by hand, with a stated `size` and `extra` chunks."""
-    chunk = struct.Struct("<4sI")
-    form = chunk.pack(b"fmt ", 16) + struct.pack("<HHIIHH", 1, 1, 16_000, 32_000, 2, 16)
-    data_header = chunk.pack(b"data", len(data) if size is None else size)
-    body = b"WAVE" + form + extra + data_header + data
-    return chunk.pack(b"RIFF", len(body)) + body
+def contained(format: str, encoder: str, **tags: str) -> bytes:
+    """Two seconds of 500 Hz at 48 kHz in a container of video."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=format) as container:
+        container.metadata.update(tags)
+        stream = container.add_stream(encoder, rate=48_000, layout="mono")
+        tone = 0.5 * np.sin(2 * np.pi * 500 * np.arange(96_000) / 48_000)
+        frame = av.AudioFrame.from_ndarray(tone.astype(np.float32)[None], "fltp", "mono")
+        frame.sample_rate = 48_000
+        for piece in (frame, None):
+            container.mux(stream.encode(piece))
+    return file.getvalue()
+
+
+def with_header(wav: bytes, offset: int, value: int) -> bytes:
+    """A WAV with one 32-bit number of its header replaced: 24 is the rate, 40 the length."""
+    return wav[:offset] + struct.pack("<I", value) + wav[offset + 4 :]
 
 
 # --------------------------------------------------------------------- formats
@@ -140,15 +150,7 @@ def test_opus_is_decoded_at_48_khz(encoded: Encoded) -> None:
     ("format", "encoder", "codec"), [("mp4", "aac", "aac"), ("matroska", "libopus", "opus")]
 )
 def test_audio_in_a_video_container_is_decoded(format: str, encoder: str, codec: str) -> None:
-    file = io.BytesIO()
-    with av.open(file, "w", format=format) as container:
-        stream = container.add_stream(encoder, rate=48_000, layout="mono")
-        tone = 0.5 * np.sin(2 * np.pi * 500 * np.arange(96_000) / 48_000)
-        frame = av.AudioFrame.from_ndarray(tone.astype(np.float32)[None], "fltp", "mono")
-        frame.sample_rate = 48_000
-        for piece in (frame, None):
-            container.mux(stream.encode(piece))
-    samples, facts = decode(file.getvalue())
+    samples, facts = decode(contained(format, encoder))
     assert (facts.codec, facts.sample_rate, facts.channels) == (codec, 48_000, 1)
     assert abs(facts.duration_s - 2.0) <= 0.06
     assert abs(len(samples) - 32_000) <= 0.06 * 16_000
@@ -176,18 +178,19 @@ def test_the_format_is_found_from_the_bytes(noise: Noise, encoded: Encoded, tmp_
     assert np.array_equal(samples, decode(content)[0])
 
 
-def test_a_wav_of_unknown_length_is_read_to_its_end(noise: Noise) -> None:
-    data = (noise(20_000) * 32_767).astype("<i2").tobytes()
-    samples, facts = decode(wav(data, size=0xFFFFFFFF))
-    assert np.array_equal(samples, decode(wav(data))[0])
+def test_a_wav_of_unknown_length_is_read_to_its_end(noise: Noise, encoded: Encoded) -> None:
+    content = encoded(noise(20_000))
+    samples, facts = decode(with_header(content, 40, 0xFFFFFFFF))
+    assert np.array_equal(samples, decode(content)[0])
     assert facts.frames == 20_000
 
 
-def test_tags_that_are_not_text_do_no_harm(noise: Noise) -> None:
-    data = (noise(2_000) * 32_767).astype("<i2").tobytes()
-    tags = b"INFO" + struct.pack("<4sI", b"INAM", 4) + b"caf\xe9"
-    tagged = wav(data, extra=struct.pack("<4sI", b"LIST", len(tags)) + tags)
-    assert np.array_equal(decode(tagged)[0], decode(wav(data))[0])
+def test_tags_that_are_not_text_do_no_harm() -> None:
+    content = contained("mp4", "aac", title="cafe!")
+    latin = content.replace(b"cafe!", b"caf\xe9!")
+    assert latin != content
+    assert np.array_equal(decode(latin)[0], decode(content)[0])
+    assert decode(latin)[1] == decode(content)[1]
 
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "FLOAT"])
@@ -260,6 +263,15 @@ def test_levels_are_of_the_channels_and_not_of_their_mean(encoded: Encoded) -> N
     assert facts.rms_dbfs == pytest.approx(20 * math.log10(0.25), abs=1e-6)
 
 
+def test_levels_are_of_all_blocks(encoded: Encoded) -> None:
+    parts = [sine(0.25, 80_000), sine(0.5), sine(0.125, 80_000), np.zeros(16_000, np.float32)]
+    waveform = np.concatenate(parts)
+    _, facts = decode(encoded(waveform, subtype="FLOAT"))
+    assert facts.peak_dbfs == pytest.approx(20 * math.log10(0.5), abs=1e-6)
+    mean_square = np.square(waveform, dtype=np.float64).mean()
+    assert facts.rms_dbfs == pytest.approx(10 * math.log10(mean_square), abs=1e-6)
+
+
 def test_levels_of_a_full_scale_square_wave_are_zero(encoded: Encoded) -> None:
     square = np.where(np.arange(50_000) % 32 < 16, 1, -1).astype(np.float32)
     _, facts = decode(encoded(square, subtype="FLOAT"))
@@ -313,6 +325,45 @@ def test_audio_that_overflows_on_its_way_is_refused(
         assert error.type == "NonFinite"
     else:
         assert np.isfinite(np.concatenate(blocks)).all()
+
+
+@pytest.mark.parametrize("sample_rate", [1, 999])
+def test_a_rate_that_cannot_be_right_is_refused(
+    noise: Noise, encoded: Encoded, sample_rate: int
+) -> None:
+    assert refusal(with_header(encoded(noise(3_000)), 24, sample_rate)) == (
+        "SampleRate",
+        f"the audio states {sample_rate} Hz, less than 1000 Hz",
+    )
+
+
+def test_the_lowest_rate_that_is_taken(noise: Noise, encoded: Encoded) -> None:
+    samples, facts = decode(with_header(encoded(noise(3_000)), 24, 1_000))
+    assert (facts.duration_s, len(samples)) == (3.0, 48_000)
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "ffconcat version 1.0\nfile 'secret.wav'\n",
+        "ffconcat version 1.0\nfile '{folder}/secret.wav'\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{folder}/secret.wav\n#EXT-X-ENDLIST\n",
+    ],
+)
+def test_a_playlist_opens_no_other_file(
+    noise: Noise, encoded: Encoded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, playlist: str
+) -> None:
+    (tmp_path / "secret.wav").write_bytes(encoded(noise(16_000)))
+    monkeypatch.chdir(tmp_path)
+    _, message = refusal(playlist.format(folder=tmp_path).encode())
+    assert "secret" not in message
+
+
+def test_a_file_with_the_suffix_of_headerless_audio_is_refused_like_any(tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_bytes(b"no audio" * 100)
+    with (tmp_path / "a.raw").open("rb") as stream, pytest.raises(ClipError) as refused:
+        list(AudioDecoder(stream).mono(16_000))
+    assert refused.value.type == "NoAudioStream"  # ffmpeg takes it for video, without a frame
 
 
 @pytest.mark.parametrize("format", ["wav", "ogg", "aiff"])

@@ -264,6 +264,13 @@ def test_files_are_grouped_by_files_per_shard(tmp_path: Path) -> None:
     assert [shard.id.split("-")[2] for shard in planned] == ["00000", "00001", "00002"]
 
 
+def test_files_are_sorted_whatever_the_order_in_which_they_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.wav", "b.wav", "c.wav")
+    named = plan(tmp_path / "c.wav", tmp_path / "a.wav", tmp_path / "b.wav")
+    assert files_of(named.shards) == [("a.wav", "b.wav", "c.wav")]
+    assert named == plan(tmp_path)
+
+
 def test_as_many_files_as_a_group_holds_are_one_group(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{number}.wav" for number in range(4)))
     assert files_of(plan(tmp_path, files_per_shard=4).shards) == [
@@ -325,6 +332,18 @@ def test_a_folder_without_audio_is_refused_with_what_it_holds(tmp_path: Path) ->
         f"{str(tmp_path)!r} matches no tar, no Parquet with an audio column and no audio file "
         "(only 2 .txt, 1 .png, 1 .parquet without audio); "
     )
+
+
+def test_an_empty_name_is_refused() -> None:
+    with pytest.raises(InputError) as refusal:
+        plan("")
+    assert str(refusal.value) == "an input is an empty string; is a shell variable unset?"
+
+
+def test_a_local_name_may_look_like_a_chain_of_file_systems(tmp_path: Path) -> None:
+    touch(tmp_path, "zip::a/x.wav")
+    (shard,) = plan(tmp_path / "zip::a").shards
+    assert (shard.uri, shard.files) == (str(tmp_path / "zip::a"), ("x.wav",))
 
 
 def test_an_unknown_protocol_is_refused() -> None:

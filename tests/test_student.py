@@ -267,6 +267,9 @@ def test_a_checkpoints_facts(tiny_checkpoint: Path) -> None:
     assert not facts.is_bundled
     weights = (tiny_checkpoint / "model.safetensors").read_bytes()
     assert facts.weights_sha256 == hashlib.sha256(weights).hexdigest()
+    names = ("config.json", "preprocessor_config.json")
+    configs = b"".join((tiny_checkpoint / name).read_bytes() for name in names)
+    assert facts.config_sha256 == hashlib.sha256(configs).hexdigest()
 
 
 def test_weights_in_several_files_load_and_hash_as_one(
@@ -441,12 +444,12 @@ def test_a_directory_without_safetensors_is_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 5, 1_000, -1_000, -1])
-def test_truncated_weights_are_refused(copy: Path, kept: int) -> None:
-    weights = (copy / "model.safetensors").read_bytes()
-    (copy / "model.safetensors").write_bytes(weights[:kept])
+def test_truncated_weights_are_refused_before_they_are_loaded(copy: Path, kept: int) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(CheckpointError) as refusal:
-        Student.load(str(copy), device="cpu")
-    assert str(refusal.value).startswith(f"the weights in {copy} cannot be loaded: ")
+        read_checkpoint(str(copy))
+    assert str(refusal.value).startswith(f"{file} is damaged or cut short: ")
 
 
 def test_weights_that_lack_a_tensor_are_refused(copy: Path) -> None:

@@ -277,20 +277,21 @@ def test_metadata_is_json_with_dates_as_text() -> None:
     assert text == '{"day": "2024-02-29", "name": "été", "nested": {"a": [1, 2.5, null]}}'
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_metadata_that_is_not_finite_is_valid_json(value: float) -> None:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    text = metadata_of(level=value, n=1)
-    assert text is not None
-    assert json.loads(text, parse_constant=refuse)["n"] == 1
-
-
-def test_metadata_that_is_not_valid_unicode_is_written(tmp_path: Path) -> None:
-    cut_emoji = json.loads('"\\ud83d"')  # as a JSON file may hold it
-    (text,) = written(tmp_path, good(metadata={"title": cut_emoji, "n": 1}))["metadata"].to_pylist()
+@pytest.mark.parametrize("half", ["\\ud83d", "\\udc80", "\\udcff"])
+def test_metadata_that_is_not_valid_unicode_is_valid_json(tmp_path: Path, half: str) -> None:
+    title = json.loads(f'"cut {half}"')  # half of an emoji, as a JSON file may hold it
+    table = written(tmp_path, good(metadata={"title": title, "n": 1}))
+    (text,) = table["metadata"].to_pylist()
     assert json.loads(text)["n"] == 1
+    assert json.loads(text)["title"].startswith("cut ")
+
+
+def test_metadata_that_cannot_be_json_says_so() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    text = metadata_of(deep=deep)
+    assert text == '{"unwritable": "RecursionError in the clip\'s metadata"}'
 
 
 # -------------------------------------------------------------------- one shard
@@ -357,15 +358,20 @@ def test_as_many_rows_as_a_group_holds_leave_no_empty_group(
     assert [footer.row_group(g).num_rows for g in range(footer.num_row_groups)] == [2, 2]
 
 
-def test_the_scores_of_many_chunks_fill_a_group_sooner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("large", ["chunks", "metadata"])
+def test_large_rows_fill_a_group_sooner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: str
 ) -> None:
-    monkeypatch.setattr(write, "CHUNK_SCORES_PER_GROUP", 5)  # good() has two chunks
-    clips = [good("0"), failed("1"), good("2"), good("3"), good("4"), failed("5")]
+    monkeypatch.setattr(write, "BYTES_PER_GROUP", 20_000)
+    clip = good("large", metadata={"text": "x" * 15_000} if large == "metadata" else {})
+    if large == "chunks":
+        clip.chunks.extend([(0.0, 1.0, array(0, 0, 0))] * 1_250)  # of 12 bytes each
+    clips = [clip, failed(), clip, good("small"), clip, clip, failed()]
     table = written(tmp_path, *clips, options=EVERYTHING)
     footer = pq.read_metadata(destination(tmp_path))
-    assert [footer.row_group(g).num_rows for g in range(footer.num_row_groups)] == [4, 2]
-    assert table["member"].to_pylist() == ["0", "1", "2", "3", "4", "5"]
+    assert [footer.row_group(g).num_rows for g in range(footer.num_row_groups)] == [3, 3, 1]
+    members = ["large", "b.wav", "large", "small", "large", "large", "b.wav"]
+    assert table["member"].to_pylist() == members
 
 
 def test_rows_are_written_while_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,6 +415,16 @@ def test_a_fault_among_the_rows_leaves_no_file(
     with pytest.raises(kind):
         write_rows(breaking(), schema(), destination(tmp_path), "{}")
     assert len(seen) == 1  # there was a partial file
+    assert list(destination(tmp_path).parent.iterdir()) == []
+
+
+def test_what_stops_publication_leaves_no_file(tmp_path: Path) -> None:
+    def refuse() -> None:
+        assert not destination(tmp_path).exists()
+        raise RuntimeError("the output is another run's by now")
+
+    with pytest.raises(RuntimeError, match="the output is another run's by now"):
+        write_rows(rows(good()), schema(), destination(tmp_path), "{}", refuse)
     assert list(destination(tmp_path).parent.iterdir()) == []
 
 

@@ -100,22 +100,23 @@ class AudioDecoder:
                 )
             mixed = block.mean(axis=0, dtype=np.float64).astype(np.float32)
             if facts.sample_rate == sample_rate:
-                yield mixed
+                yield _finite(mixed)
                 continue
             if resampler is None:
                 resampler = soxr.ResampleStream(
                     facts.sample_rate, sample_rate, 1, dtype="float32", quality=RESAMPLE_QUALITY
                 )
-            yield resampler.resample_chunk(mixed)
+            yield _finite(resampler.resample_chunk(mixed))
         if resampler is not None:
-            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+            yield _finite(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
         if self.facts is None or self.facts.frames == 0:
             raise ClipError("decode", "NoAudio", "the audio holds no samples")
 
     def _first_that_begins(self) -> Iterator[NDArray[np.float32]]:
         """Blocks [channels, samples] of ffmpeg, or of libsndfile where ffmpeg yields none."""
         try:
-            yield from self._ffmpeg_blocks()
+            if not self._is_big_endian_wav():
+                yield from self._ffmpeg_blocks()
             if self.facts is not None:
                 return
             refusal = "the audio holds no samples"
@@ -134,10 +135,15 @@ class AudioDecoder:
         self._file.seek(0)
         try:
             yield from self._soundfile_blocks()
-        # TypeError: a file named .raw, for which soundfile wants a format.
-        except (soundfile.LibsndfileError, TypeError) as error:
+        except soundfile.LibsndfileError as error:
             kind = _error_type(refused) if refused is not None else "NoAudio"
             raise ClipError("decode", kind, refusal) from error
+
+    def _is_big_endian_wav(self) -> bool:
+        """ffmpeg takes the samples of a RIFX file for little-endian, and gives noise."""
+        magic = self._file.read(4)
+        self._file.seek(0)
+        return magic == b"RIFX"
 
     def _ffmpeg_blocks(self) -> Iterator[NDArray[np.float32]]:
         with av.open(
@@ -174,9 +180,10 @@ class AudioDecoder:
                 yield _interleaved(pending)
 
     def _soundfile_blocks(self) -> Iterator[NDArray[np.float32]]:
-        with soundfile.SoundFile(self._file) as sound:
+        with soundfile.SoundFile(_Unnamed(self._file)) as sound:
+            codec = _SOUNDFILE_CODECS.get(sound.subtype, sound.subtype.lower())
             self.facts = SourceFacts(
-                codec=_SOUNDFILE_CODECS.get(sound.subtype, sound.subtype.lower()),
+                codec="flac" if sound.format == "FLAC" else codec,
                 sample_rate=sound.samplerate,
                 channels=sound.channels,
             )
@@ -186,17 +193,44 @@ class AudioDecoder:
                 yield np.ascontiguousarray(block.T)
 
 
+class _Unnamed:
+    """A file as libsndfile should see it: without a name, whose suffix soundfile would
+    believe, and without positions before the start, which damaged headers ask for."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.read, self.tell = file.read, file.tell
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (ValueError, OSError):
+            return self._file.seek(0)
+
+    def readinto(self, buffer: memoryview) -> int:
+        content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def write(self, _: bytes) -> int:  # soundfile asks that it is there
+        raise OSError("the audio is only read")
+
+
 def _interleaved(frames: list[av.AudioFrame]) -> NDArray[np.float32]:
     """float32 [channels, samples] of packed frames."""
     channels = frames[0].layout.nb_channels
     return np.concatenate([f.to_ndarray() for f in frames], axis=1).reshape(-1, channels).T
 
 
-def _measure(facts: SourceFacts, block: NDArray[np.float32]) -> None:
-    peak = float(np.abs(block).max(initial=0.0))
-    if not math.isfinite(peak):
+def _finite(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`samples`, unless one is NaN or infinite: read so, or overflown on the way."""
+    if not np.isfinite(samples).all():
         raise ClipError("decode", "NonFinite", "the audio holds NaN or infinite samples")
-    facts.peak = max(facts.peak, peak)
+    return samples
+
+
+def _measure(facts: SourceFacts, block: NDArray[np.float32]) -> None:
+    facts.peak = max(facts.peak, float(np.abs(_finite(block)).max(initial=0.0)))
     facts.mean_square_sum += float(np.square(block, dtype=np.float64).sum()) / block.shape[0]
     facts.frames += block.shape[1]
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import posixpath
+import sys
 import tarfile
 import tempfile
 import zlib
@@ -220,13 +221,33 @@ class _Sample:
                 yield EncodedClip(member, file, size, digest, metadata)
 
 
+class _Gzip(gzip.GzipFile):
+    """Gives what can be unpacked of a gzip that is cut, before it raises EOFError."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        pieces: list[bytes] = []
+        left = sys.maxsize if size is None or size < 0 else size
+        while left > 0:
+            try:
+                piece = self.read1(min(left, _BLOCK_BYTES))
+            except EOFError:
+                if not pieces:
+                    raise
+                break
+            if not piece:
+                break
+            pieces.append(piece)
+            left -= len(piece)
+        return b"".join(pieces)
+
+
 def _uncompressed(stream: BinaryIO) -> tuple[BinaryIO, Literal["r|", "r|*"]]:
     """The stream and tarfile's mode for it. gzip is unpacked here: tarfile reads only the
     first member of a concatenated one, and checks no checksum."""
     magic = stream.read(2)
     stream.seek(0)
     if magic == b"\x1f\x8b":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=stream)), "r|"
+        return cast(BinaryIO, _Gzip(fileobj=stream)), "r|"
     return stream, "r|*"
 
 

@@ -19,33 +19,34 @@ def read_ahead(items: Iterable[T], max_items: int) -> Iterator[T]:
     thread is raised here, in its place. When the consumer stops early, the thread
     stops too before this returns, so that nothing it reads is closed under it.
     """
-    ahead: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(max_items)
+    made: queue.SimpleQueue[tuple[str, T | BaseException | None]] = queue.SimpleQueue()
+    room = threading.Semaphore(max_items)
     abandoned = threading.Event()
-
-    def put(kind: str, value: T | BaseException | None) -> bool:
-        while not abandoned.is_set():
-            try:
-                ahead.put((kind, value), timeout=_POLL_S)
-                return True
-            except queue.Full:
-                continue
-        return False
+    source = iter(items)
 
     def produce() -> None:
         try:
-            for item in items:
-                if not put("item", item):
+            while True:
+                while not room.acquire(timeout=_POLL_S):
+                    if abandoned.is_set():
+                        return
+                if abandoned.is_set():
                     return
+                made.put(("item", next(source)))
+        except StopIteration:
+            made.put(("end", None))
         except BaseException as error:  # handed to the consumer, which raises it
-            put("error", error)
-        else:
-            put("end", None)
+            made.put(("error", error))
+        finally:
+            if hasattr(source, "close"):
+                source.close()
 
     thread = threading.Thread(target=produce, name="earmark-read-ahead", daemon=True)
     thread.start()
     try:
         while True:
-            kind, value = ahead.get()
+            kind, value = made.get()
+            room.release()
             if kind == "end":
                 return
             if kind == "error":

@@ -129,7 +129,8 @@ def clip_row(
 
 def _json(metadata: Mapping[str, Any]) -> str:
     try:
-        return as_text(json.dumps(metadata, ensure_ascii=False, default=str))
+        text = json.dumps(metadata, ensure_ascii=False, default=str)
+        return text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates become "?"
     except (ValueError, RecursionError) as error:
         return json.dumps({"unwritable": f"{type(error).__name__} in the clip's metadata"})
 
@@ -195,7 +196,7 @@ def _chunks_array(clips: Sequence[Any], kind: pa.ListType) -> pa.Array:
         ],
         fields=list(kind.value_type),
     )
-    missing = pa.array([chunks is None for chunks in clips])
+    missing = pa.array([chunks is None for chunks in clips], pa.bool_())
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), struct, type=kind, mask=missing)
 
 
