@@ -127,7 +127,7 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
             table.add_row(escape(name), f"{count:,}")
         console.print(table)
     clips = f"{output.rstrip('/')}/{CLIPS_FOLDER}/*.parquet"
-    query = f"SELECT member, list_transform(tags, t -> t.name) AS tags FROM '{clips}' LIMIT 10"
+    query = f"SELECT member, [t.name for t in tags] AS tags FROM '{clips}' LIMIT 10"
     console.print("Query it, for instance with DuckDB:", highlight=False, soft_wrap=True)
     command = f"  python -c {json.dumps(f'import duckdb; duckdb.sql({query!r}).show()')}"
     console.print(command, markup=False, highlight=False, soft_wrap=True)

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BLOCK = re.compile(r"```console\n(.*?)```", flags=re.DOTALL)
 
+PROGRESS = re.compile(r"[\d,]+ clips, \d+/\d+ shards, ")  # the live line, now and then
+
 # What is not run here, and why.
 NOT_RUN = {
     "make test": "this is it",
@@ -102,7 +104,9 @@ def rewrite():
                     continue
                 output = run(command, folder)
                 if "--checkpoint bookbot/" not in command:
-                    lines += [line.rstrip() for line in output.splitlines() if " left" not in line]
+                    lines += [
+                        line.rstrip() for line in output.splitlines() if not PROGRESS.match(line)
+                    ]
             return "\n".join([*lines, "```"])
 
         README.write_text(BLOCK.sub(real, README.read_text("utf-8")), "utf-8")
