@@ -225,4 +225,7 @@ def _quiet(verbose: bool) -> None:
 
 def main() -> None:
     """The console script `earmark`."""
+    # Threads of torch that wait should sleep: spinning, they take the cores from the decoder
+    # beside them (and from every other process). Read when torch is loaded, so set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     cli(prog_name="earmark")

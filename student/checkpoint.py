@@ -111,7 +111,7 @@ def find_checkpoint(checkpoint: str) -> Path:
     """
     if checkpoint == BUNDLED:
         return BUNDLED_DIRECTORY
-    if Path(checkpoint).is_dir():
+    if checkpoint and Path(checkpoint).is_dir():
         return Path(checkpoint).resolve()
     if not _HUB_ID.fullmatch(checkpoint) or checkpoint.startswith("."):
         raise CheckpointError(

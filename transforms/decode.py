@@ -182,6 +182,8 @@ class AudioDecoder:
     def _soundfile_blocks(self) -> Iterator[NDArray[np.float32]]:
         with soundfile.SoundFile(_Unnamed(self._file)) as sound:
             codec = _SOUNDFILE_CODECS.get(sound.subtype, sound.subtype.lower())
+            if sound.endian == "BIG":
+                codec = codec.replace("le", "be") if codec.startswith("pcm_") else codec
             self.facts = SourceFacts(
                 codec="flac" if sound.format == "FLAC" else codec,
                 sample_rate=sound.samplerate,
