@@ -120,6 +120,7 @@ def annotate(
     file, a folder (walked recursively) or a quoted glob of these.
     """
     own = [name for parameter in context.command.params for name in parameter.opts]
+    _quiet(verbose)
     with _errors(verbose):
         paths, beam = split_beam_options(inputs, own)
         if not paths:
@@ -137,6 +138,7 @@ def demo(folder: str, verbose: bool) -> None:
     """
     from pathlib import Path
 
+    _quiet(verbose)
     with _errors(verbose):
         from rich.console import Console
 
@@ -157,7 +159,6 @@ def demo(folder: str, verbose: bool) -> None:
 
 
 def _run(options: AnnotateOptions, verbose: bool) -> None:
-    _quiet(verbose)
     from rich.console import Console
 
     from pipeline import display
@@ -174,6 +175,7 @@ def _run(options: AnnotateOptions, verbose: bool) -> None:
             f"--max-failure-ratio {options.max_failure_ratio}; their rows say why",
             style="red",
             highlight=False,
+            soft_wrap=True,
         )
         sys.exit(EXIT_FAILURES)
 

@@ -109,7 +109,7 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
     else:
         console.print("Nothing left to do: every shard is finished.")
     console.print(
-        f"The output holds {total.clips:,} clips, {total.clips - total.failed:,} tagged and {total.failed:,} failed.",
+        f"The output holds {total.clips:,} clips, {total.clips - total.failed:,} scored and {total.failed:,} failed.",
         highlight=False,
         soft_wrap=True,
     )
@@ -126,7 +126,7 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
         for name, count in total.tags.most_common(_TOP_TAGS):
             table.add_row(escape(name), f"{count:,}")
         console.print(table)
-    clips = f"{output.rstrip('/')}/{CLIPS_FOLDER}/*.parquet"
+    clips = f"{output.rstrip('/')}/{CLIPS_FOLDER}/*.parquet".replace("'", "''")
     query = f"SELECT member, [t.name for t in tags] AS tags FROM '{clips}' LIMIT 10"
     console.print("Query it, for instance with DuckDB:", highlight=False, soft_wrap=True)
     command = f"  python -c {json.dumps(f'import duckdb; duckdb.sql({query!r}).show()')}"

@@ -289,7 +289,8 @@ def _refuse_other_divisions(output: Path, planned: list[Shard], done: set[str]) 
         if "-rg" in shard_id or not files.isdisjoint(rows):
             raise UsageError(
                 f"{output}/{CLIPS_FOLDER}/{shard_id}.parquet is finished, but its input is divided "
-                "otherwise by now (files were added or removed): clips would be in the table twice; "
+                "otherwise by now (files were added or removed, or --files-per-shard is another): clips "
+                "would be in the table twice; "
                 "use --overwrite to start anew, or another --output"
             )
 

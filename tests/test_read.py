@@ -493,7 +493,10 @@ def test_a_row_without_bytes_is_an_error_of_its_own(tmp_path: Path) -> None:
         ("unreadable", "row-00000002", "NoBytes", {"n": 3}),
         ("d.wav", b"", {"n": 4}),
     ]
-    assert messages(shard("parquet", file)) == ["the row holds no audio bytes"] * 2
+    assert messages(shard("parquet", file)) == [
+        "the row holds no audio bytes, only a path: write the Parquet with the bytes embedded",
+        "the row holds no audio bytes, and no path",
+    ]
 
 
 def test_other_columns_are_metadata_unless_they_hold_bytes(tmp_path: Path) -> None:

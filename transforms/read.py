@@ -353,7 +353,8 @@ def _parquet_clip(
         and not pa.types.is_large_binary(batch.schema.field(name).type)
     }
     if content is None:
-        error = ClipError("read", "NoBytes", "the row holds no audio bytes")
+        holds = "only a path: write the Parquet with the bytes embedded" if path else "and no path"
+        error = ClipError("read", "NoBytes", f"the row holds no audio bytes, {holds}")
         return UnreadableClip(member, error, metadata)
     digest = xxhash.xxh128_hexdigest(content)
     return EncodedClip(member, io.BytesIO(content), len(content), digest, metadata)
