@@ -87,7 +87,7 @@ def write_shards(folder: Path, shards: int, clips: int, seed: int) -> None:
                 audio = io.BytesIO()
                 soundfile.write(audio, wave, 16_000, format="wav")
                 info = tarfile.TarInfo(f"clip-{shard:05d}-{clip:05d}.wav")
-                info.size = audio.tell()
+                info.size = len(audio.getvalue())
                 audio.seek(0)
                 tar.addfile(info, audio)
 

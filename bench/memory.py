@@ -75,7 +75,7 @@ def write_tars(folder: Path, clips: int) -> None:
                 audio = io.BytesIO()
                 soundfile.write(audio, noise.normal(0, 0.1, 32_000), 16_000, format="flac")
                 info = tarfile.TarInfo(f"{clip:06d}.flac")
-                info.size = audio.tell()
+                info.size = len(audio.getvalue())
                 audio.seek(0)
                 tar.addfile(info, audio)
 
