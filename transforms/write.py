@@ -172,7 +172,7 @@ def _vectors_array(vectors: Sequence[Any], kind: pa.FixedSizeListType) -> pa.Arr
     """Vectors as fixed-size lists; a missing one is a list of nulls, not a null list.
 
     pyarrow writes null fixed-size lists but up to version 25 cannot read them back
-    (apache/arrow issue 35692): one failed clip would make its whole file unreadable.
+    (apache/arrow GH-35692): one failed clip would make its whole file unreadable.
     """
     missing = np.array([vector is None for vector in vectors], bool)
     matrix = np.zeros((len(vectors), kind.list_size), kind.value_type.to_pandas_dtype())
