@@ -125,7 +125,7 @@ def annotate(
         paths, beam = split_beam_options(inputs, own)
         if not paths:
             raise UsageError("Missing argument 'INPUT...'.")
-        _run(AnnotateOptions(inputs=paths, beam=beam, **options), verbose)
+        _run(AnnotateOptions(inputs=paths, beam=beam, **options))
 
 
 @cli.command()
@@ -152,13 +152,12 @@ def demo(folder: str, verbose: bool) -> None:
                 inputs=(str(Path(folder) / "shards"),),
                 output=str(output),
                 overwrite=True,
-            ),
-            verbose,
+            )
         )
         show_truth(output, Console())
 
 
-def _run(options: AnnotateOptions, verbose: bool) -> None:
+def _run(options: AnnotateOptions) -> None:
     from rich.console import Console
 
     from pipeline import display

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from click.testing import CliRunner
 from pipeline.cli import cli
 from student import model
 from student.labels import audioset_labels
+from transforms.annotate import check_claim
 from transforms.write import RUN_KEY, read_summary
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +176,28 @@ def test_an_output_of_another_making_is_refused(annotate, shards, tmp_path, opti
     assert result.exit_code == 2
     assert difference in result.output and "--overwrite" in result.output
     assert rows_of(tmp_path / "out") == before
+
+
+def test_the_same_weights_in_another_architecture_are_refused(
+    annotate, shards, tmp_path, tiny_checkpoint
+):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    arguments = (shards, "--output", tmp_path / "out", "--checkpoint", checkpoint)
+    assert annotate(*arguments).exit_code == 0
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    result = annotate(*arguments)
+    assert result.exit_code == 2 and "config_sha256 was" in result.output
+
+
+def test_a_run_whose_output_was_started_anew_publishes_nothing_more(tmp_path):
+    with pytest.raises(RuntimeError, match="another run has started"):
+        check_claim(tmp_path, '{"fingerprint": "ours"}')  # emptied
+    (tmp_path / "run.json").write_text('{"fingerprint": "theirs"}')
+    with pytest.raises(RuntimeError, match="another run has started"):
+        check_claim(tmp_path, '{"fingerprint": "ours"}')
+    check_claim(tmp_path, '{"fingerprint": "theirs"}')
 
 
 def test_overwrite_starts_anew_and_spares_what_is_not_earmarks(annotate, shards, tmp_path):
@@ -393,9 +417,7 @@ def test_a_killed_runs_partial_files_are_removed(annotate, shards, tmp_path):
     assert not abandoned.exists() and alive.exists()
 
 
-def test_a_worker_with_other_weights_stops(
-    annotate, shards, tmp_path, tiny_checkpoint, monkeypatch
-):
+def test_a_worker_with_other_weights_stops(annotate, shards, tmp_path, monkeypatch):
     read = model.read_checkpoint
     monkeypatch.setattr(model, "read_checkpoint", lambda name: read("bundled"))
     result = annotate(shards, "--output", tmp_path / "out")

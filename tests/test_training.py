@@ -63,7 +63,7 @@ def test_groups_are_held_out_whole_and_about_a_tenth():
     assert 0.08 < np.mean(sides) < 0.12
 
 
-def test_the_recipe_gives_a_checkpoint_that_loads(corpus, tmp_path, monkeypatch, capsys):
+def test_the_recipe_gives_a_checkpoint_that_loads(corpus, tmp_path, monkeypatch):
     folder, _ = corpus
     monkeypatch.setattr(bundled, "SYNTHETIC_PER_SOUND", 1)
     monkeypatch.setattr(bundled, "SYNTHETIC_VALIDATION_PER_SOUND", 1)

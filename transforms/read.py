@@ -92,7 +92,7 @@ def _read_files(shard: Shard) -> Clips:
         member = as_text(name)
         try:
             with fs.open(posixpath.join(root, name), "rb") as stream:
-                audio, digest, size = _seekable(stream, member)
+                audio, digest, size = _seekable(stream)
                 yield EncodedClip(member, audio, size, digest, {})
         except FileNotFoundError:
             yield UnreadableClip(member, ClipError("read", "FileNotFound", "the file is gone"), {})
@@ -385,7 +385,7 @@ def _plain(value: Any) -> Any:
 # -------------------------------------------------------------------- shared
 
 
-def _seekable(stream: BinaryIO, member: str) -> tuple[BinaryIO, str, int]:
+def _seekable(stream: BinaryIO) -> tuple[BinaryIO, str, int]:
     """(a seekable file at its start, xxh128, bytes) of an open file, copied only if remote."""
     if not hasattr(stream, "fileno"):
         return _spool(stream)
