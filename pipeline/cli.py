@@ -30,20 +30,20 @@ def cli() -> None:
     "--direct_num_workers 2 --direct_running_mode multi_processing. Without --runner, "
     "Beam's in-process FnApiRunner runs the job here.",
 )
-@click.argument("inputs", nargs=-1, required=True, type=click.UNPROCESSED, metavar="INPUT...")
+@click.argument("inputs", nargs=-1, type=click.UNPROCESSED, metavar="INPUT...")
 @click.option(
     "--output",
     "-o",
     required=True,
     metavar="DIR",
-    help="Folder for the Parquet files. A run into the same folder goes on where the last one stopped.",
+    help="Folder for the Parquet files, local or a URL such as gs://bucket/tags. A run into the same folder goes on where the last one stopped.",
 )
 @click.option(
     "--checkpoint",
     default=AnnotateOptions.checkpoint,
     show_default=True,
     metavar="C",
-    help="A Hugging Face id (owner/name[@revision]), a local directory, or 'bundled'.",
+    help="A Hugging Face id (owner/name[@revision]), a directory (local, gs://, s3://), or 'bundled'.",
 )
 @click.option(
     "--device",
@@ -66,6 +66,11 @@ def cli() -> None:
     help="Score from which a label is a tag. [default: the checkpoint's own per label, else 0.2]",
 )
 @click.option(
+    "--thresholds",
+    metavar="FILE",
+    help="JSON of label name or mid to the score from which it is a tag.",
+)
+@click.option(
     "--top-k",
     type=click.IntRange(1),
     metavar="K",
@@ -83,7 +88,7 @@ def cli() -> None:
     type=click.Choice(["float32", "float16"]),
     default=AnnotateOptions.score_type,
     show_default=True,
-    help="How scores are stored; float16 halves the table, but BigQuery cannot read it.",
+    help="How scores are stored; float16 halves the table, but BigQuery, Athena and Trino cannot read it.",
 )
 @click.option(
     "--chunks", is_flag=True, help="Keep the scores of every chunk, with its start and end."
@@ -109,6 +114,40 @@ def cli() -> None:
     metavar="R",
     help="Exit with 1 when more than this share of all clips failed.",
 )
+@click.option(
+    "--inputs-from",
+    multiple=True,
+    metavar="FILE",
+    help="A file that names one INPUT a line.",
+)
+@click.option(
+    "--billing-project",
+    metavar="P",
+    help="Google Cloud project that pays for requests to requester-pays buckets.",
+)
+@click.option(
+    "--kms-key",
+    metavar="K",
+    help="Cloud KMS key to encrypt the output with (projects/P/locations/L/keyRings/R/cryptoKeys/K).",
+)
+@click.option(
+    "--gpu",
+    metavar="TYPE[:COUNT]",
+    help="On Dataflow: the GPU of each worker, such as nvidia-l4, or none. Sets machine, image, disk and threads; Beam's own options win.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything, tag one clip here, show the plan; run and submit nothing.",
+)
+@click.option(
+    "--job-file",
+    metavar="FILE",
+    help="With --dry-run: write the Dataflow job as JSON.",
+)
+@click.option(
+    "--detach", is_flag=True, help="Return once the Dataflow job is submitted, and do not wait."
+)
 @click.option("--verbose", "-v", is_flag=True, help="Show Beam's log, and tracebacks.")
 @click.pass_context
 def annotate(
@@ -117,13 +156,14 @@ def annotate(
     """Tag every clip in INPUT and write Parquet.
 
     An INPUT is a WebDataset tar, a Parquet file with an audio column, an audio
-    file, a folder (walked recursively) or a quoted glob of these.
+    file, a folder (walked recursively) or a quoted glob of these: a local path or
+    a URL (gs://, s3://).
     """
     own = [name for parameter in context.command.params for name in parameter.opts]
     _quiet(verbose)
     with _errors(verbose):
         paths, beam = split_beam_options(inputs, own)
-        if not paths:
+        if not paths and not options["inputs_from"]:
             raise UsageError("Missing argument 'INPUT...'.")
         _run(AnnotateOptions(inputs=paths, beam=beam, **options))
 
@@ -157,6 +197,62 @@ def demo(folder: str, verbose: bool) -> None:
         show_truth(output, Console())
 
 
+@cli.command()
+@click.argument("output", metavar="OUTPUT")
+@click.option(
+    "--dialect",
+    required=True,
+    # Those of pipeline.schema, which would load pyarrow for --help; a test compares them.
+    type=click.Choice(["bigquery-json", "bigquery", "bigquery-load", "athena", "trino"]),
+    help="bigquery is an external table, bigquery-load a native one, bigquery-json the schema file.",
+)
+@click.option(
+    "--table",
+    default="clips",
+    show_default=True,
+    type=click.Choice(["clips", "labels"]),
+    help="clips/*.parquet or labels.parquet.",
+)
+@click.option(
+    "--dataset",
+    default="earmark",
+    show_default=True,
+    metavar="NAME",
+    help="BigQuery's dataset, Athena's database or Trino's schema.",
+)
+@click.option(
+    "--billing-project",
+    metavar="P",
+    help="Google Cloud project that pays for requests to requester-pays buckets.",
+)
+def schema(
+    output: str, dialect: Any, table: Any, dataset: str, billing_project: str | None
+) -> None:
+    """Write what a SQL engine needs to read OUTPUT: a table definition.
+
+    OUTPUT is what `earmark annotate` wrote, here or in a bucket; docs/query.md
+    says what to do with the definition.
+    """
+    import json
+
+    from pipeline.schema import table_definition
+    from transforms.storage import Access, read_all
+
+    with _errors(verbose=False):
+        url = f"{output.rstrip('/')}/run.json"
+        try:
+            run = json.loads(read_all(url, Access(billing_project)))
+        except (OSError, ValueError, ImportError) as error:
+            raise UsageError(
+                f"{url} cannot be read ({type(error).__name__}: {error}); "
+                "OUTPUT is the folder that earmark annotate wrote"
+            ) from error
+        try:
+            click.echo(table_definition(run, output, dialect, table, dataset), nl=False)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+
 def _run(options: AnnotateOptions) -> None:
     from rich.console import Console
 
@@ -164,9 +260,23 @@ def _run(options: AnnotateOptions) -> None:
     from pipeline.run import execute, prepare
 
     out, err = Console(), Console(stderr=True)
+    if options.job_file and not options.dry_run:
+        raise UsageError(
+            "--job-file needs --dry-run; Beam's --dataflow_job_file writes and submits"
+        )
     job = prepare(options)
     display.show_job(job, err)
-    outcome = execute(job, lambda job, folder: display.live(job, folder, err))
+    if options.dry_run:
+        _rehearse(job, out)
+        return
+    outcome = execute(
+        job,
+        lambda job, folder: display.live(job, folder, err),
+        lambda job, places: display.watch_job(job, places, err),
+    )
+    if outcome is None:
+        display.show_submitted(job, out)
+        return
     display.show_outcome(outcome, options.output, out)
     if outcome.failure_ratio > options.max_failure_ratio:
         err.print(
@@ -179,6 +289,25 @@ def _run(options: AnnotateOptions) -> None:
         sys.exit(EXIT_FAILURES)
 
 
+def _rehearse(job: Any, out: Any) -> None:
+    import json
+    from pathlib import Path
+
+    from pipeline import display
+    from pipeline.run import rehearse
+
+    rehearsal = rehearse(job)
+    display.show_rehearsal(job, rehearsal, out)
+    if job.options.job_file:
+        text = json.dumps(rehearsal.description, indent=2) + "\n"
+        try:
+            Path(job.options.job_file).write_text(text, "utf-8")
+        except OSError as error:
+            raise UsageError(
+                f"--job-file {job.options.job_file!r} cannot be written: {error.strerror}"
+            ) from error
+
+
 @contextlib.contextmanager
 def _errors(verbose: bool) -> Any:
     """Turns what went wrong into one sentence and an exit code."""
@@ -189,12 +318,19 @@ def _errors(verbose: bool) -> Any:
         sys.exit(EXIT_USAGE)
     except (KeyboardInterrupt, Exception) as error:
         if _was_interrupted(error):
-            click.echo(
-                "Stopped. Finished shards are kept: run the same command again to go on.", err=True
+            # What was interrupted while it waited for a job elsewhere says so itself.
+            said = (
+                str(error)
+                if str(error).startswith("Stopped")
+                else ("Stopped. Finished shards are kept: run the same command again to go on.")
             )
+            click.echo(said, err=True)
             sys.exit(EXIT_INTERRUPTED)
         if verbose:
             raise
+        if type(error).__name__ in ("JobRefused", "JobFailed"):
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(EXIT_FAILURES)
         first = (str(error).strip().splitlines() or [""])[0]
         click.echo(
             f"Error: the run stopped: {type(error).__name__}: {first}\n"
@@ -218,7 +354,7 @@ def _quiet(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
     if not verbose:
         # Beam logs the traceback of what `_errors` says in a sentence.
-        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL + 1)
     # A progress bar of the hub's own is welcome only where someone watches.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

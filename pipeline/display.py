@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.run import Job, Outcome
+from pipeline.dataflow import Places
+from pipeline.run import Job, Outcome, Rehearsal
 from student.labels import is_audioset
 from transforms.progress import Progress, read_progress
 from transforms.write import CLIPS_FOLDER
@@ -25,44 +27,103 @@ _TOP_TAGS = 10
 
 def show_job(job: Job, console: Console) -> None:
     """Says what is about to happen, and to what."""
-    checkpoint, shards = job.checkpoint, len(job.plan.shards)
-    console.print(
+    checkpoint, workers = job.checkpoint, job.workers
+    where = f"{workers.count} {workers.gpu} a worker" if workers.count else workers.device
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    say(
         f"Student: {escape(checkpoint.name)}, {len(checkpoint.labels)} labels "
-        f"({'AudioSet' if is_audioset(checkpoint.labels) else 'its own'}), on {job.device} in {job.dtype}",
-        highlight=False,
-        soft_wrap=True,
+        f"({'AudioSet' if is_audioset(checkpoint.labels) else 'its own'}), on {where} in {workers.dtype}"
     )
     if checkpoint.is_bundled:
-        console.print(
+        say(
             "  The bundled student is a small demonstration model; for real work use "
             "--checkpoint bookbot/distil-ast-audioset",
             style="yellow",
-            highlight=False,
-            soft_wrap=True,
         )
-    ignored = ", ".join(f"{count} {suffix}" for suffix, count in sorted(job.plan.ignored.items()))
-    console.print(
-        f"Input: {shards} shard{'s' * (shards != 1)}, {_size(sum(s.size_bytes for s in job.plan.shards))}"
-        + (f", {job.finished} of them finished earlier" if job.finished else "")
-        + (f"; left aside as no audio: {escape(ignored)}" if ignored else ""),
-        highlight=False,
-        soft_wrap=True,
+    ignored = ", ".join(f"{count} {suffix}" for suffix, count in sorted(job.ignored.items()))
+    say(
+        f"Input: {job.shards:,} shard{'s' * (job.shards != 1)}, {_size(job.size_bytes)}"
+        + (f", {job.skipped:,} of them finished earlier" if job.skipped else "")
+        + (f"; left aside as no audio: {escape(ignored)}" if ignored else "")
     )
+    for note in job.notes:
+        say(f"  {escape(note)}", style="yellow")
+
+
+def show_rehearsal(job: Job, rehearsal: Rehearsal, console: Console) -> None:
+    """What a dry run found, and what would be done."""
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    say(f"The output {escape(job.output.uri)} can be written.")
+    clip = rehearsal.clip
+    if clip is None:
+        say("There is no clip to try: every shard is finished, or the first one is empty.")
+    elif clip.clip.error is not None:
+        error = clip.clip.error
+        say(
+            f"The first clips could not be tagged; the last, {escape(str(clip.clip.member))}: "
+            f"{escape(error.type)}: {escape(error.message)}",
+            style="yellow",
+        )
+    else:
+        found = ", ".join(f"{escape(tag['name'])} {tag['score']:.2f}" for tag in rehearsal.tags[:3])
+        say(
+            f"One clip tagged here, {escape(str(clip.clip.member))}: {found or 'no score reaches its threshold'} "
+            f"(loaded in {_duration(rehearsal.load_s)}, tagged in {_duration(rehearsal.score_s)})"
+        )
+    say(f"To do: {job.todo.shards:,} shards, {_size(job.todo.size_bytes)}.")
+    if job.settings:
+        say("The job's options:")
+        for setting in job.settings:
+            say(f"  --{setting.option}={escape(setting.value)}")
+            say(f"      {escape(setting.why)}", style="dim")
+    if job.options.job_file:
+        say(f"The job is in {escape(job.options.job_file)}.")
+    say("Nothing was run, and nothing submitted." if job.settings else "Nothing was run.")
+
+
+def show_submitted(job: Job, console: Console) -> None:
+    """The end of a command that does not wait for its job."""
+    template = job.template
+    said = (
+        f"Wrote the template {template}; no job was started."
+        if template
+        else "Submitted. When the job is done, the same command sums it up."
+    )
+    console.print(said, highlight=False, soft_wrap=True, markup=False)
+
+
+def watch_job(job: Job, places: Places, console: Console) -> Callable[[str, dict[str, int]], None]:
+    """Says where a Dataflow job is seen; gives what prints a line whenever something has changed."""
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    say(f"Job {places.job_id}: {places.console}")
+    say(f"Cancel it with: {places.cancel}")
+    started = time.monotonic()
+
+    def show(state: str, counters: dict[str, int]) -> None:
+        elapsed_s = time.monotonic() - started
+        clips, failed = counters.get("clips", 0), counters.get("clips_failed", 0)
+        line = f"{state} for {_duration(elapsed_s)}"
+        if clips:
+            line += (
+                f": {clips:,} clips, {counters.get('shards', 0):,}/{job.todo.shards:,} shards, "
+                f"{clips / elapsed_s:.1f} clips/s, {failed:,} failed"
+            )
+        say(line)
+
+    return show
 
 
 @contextmanager
 def live(job: Job, folder: Path, console: Console) -> Iterator[None]:
     """Shows clips, speed, failures and time left while its context lasts."""
-    size = sum(shard.size_bytes for shard in job.todo)
-    limits = [shard.max_clips for shard in job.todo if shard.max_clips is not None]
-    clips = sum(limits) if len(limits) == len(job.todo) else None
+    size, clips = job.todo.size_bytes, job.todo.max_clips
     started, stop = time.monotonic(), threading.Event()
 
     def line() -> str:
         done, elapsed_s = read_progress(folder), time.monotonic() - started
         # Bytes tell how far a run is, unless it stops at a number of clips.
         share = done.clips / clips if clips else done.bytes / size if size else 0.0
-        return progress_line(done, share, len(job.todo), elapsed_s)
+        return progress_line(done, share, job.todo.shards, elapsed_s)
 
     def show_in_terminal() -> None:
         with console.status("loading the student") as status:
@@ -129,7 +190,11 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
     clips = f"{output.rstrip('/')}/{CLIPS_FOLDER}/*.parquet".replace("'", "''")
     query = f"SELECT member, [t.name for t in tags] AS tags FROM '{clips}' LIMIT 10"
     console.print("Query it, for instance with DuckDB:", highlight=False, soft_wrap=True)
-    command = f"  python -c {json.dumps(f'import duckdb; duckdb.sql({query!r}).show()')}"
+    reach = ""
+    if "://" in output:  # DuckDB reads through the library that earmark has already
+        scheme = output.partition("://")[0]
+        reach = f"import fsspec; duckdb.register_filesystem(fsspec.filesystem({scheme!r})); "
+    command = f"  python -c {json.dumps(f'import duckdb; {reach}duckdb.sql({query!r}).show()')}"
     console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -33,6 +33,7 @@ class AnnotateOptions:
     device: str = "auto"
     dtype: str = "auto"
     threshold: float | None = None  # None: the checkpoint's own
+    thresholds: str | None = None  # a file of them
     top_k: int | None = None
     pool: Pool = "max"
     score_type: ScoreType = "float32"
@@ -42,6 +43,13 @@ class AnnotateOptions:
     files_per_shard: int = 256
     overwrite: bool = False
     max_failure_ratio: float = 0.5
+    inputs_from: tuple[str, ...] = ()  # files that name more inputs
+    billing_project: str | None = None
+    kms_key: str | None = None
+    gpu: str | None = None
+    dry_run: bool = False
+    job_file: str | None = None
+    detach: bool = False
     beam: tuple[str, ...] = ()
 
 

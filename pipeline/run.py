@@ -1,57 +1,73 @@
-"""One run: the pipeline itself, and what stands around it in the output folder."""
+"""One run: what is checked before it, the pipeline itself, and how it is waited for."""
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import json
-import os
-import platform
-import shutil
+import logging
+import re
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
-import pyarrow as pa
-import pyarrow.parquet as pq
+import grpc
+import numpy as np
 from apache_beam.options.pipeline_options import (
     DirectOptions,
+    GoogleCloudOptions,
     PipelineOptions,
+    PortableOptions,
     SetupOptions,
     StandardOptions,
+    TestOptions,
+    WorkerOptions,
 )
 
-from pipeline import __version__
+from pipeline import dataflow, ledger
+from pipeline.image import ImageUnknown, image_versions
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
-from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from student.labels import ancestors, audioset_ontology
-from student.model import DeviceError, choose_device, choose_dtype
-from transforms.annotate import AnnotateShards, Annotation
-from transforms.decode import RESAMPLE_QUALITY
-from transforms.records import Shard, as_text
-from transforms.shards import InputError, Plan, limit_shards, outdated, plan_shards
-from transforms.write import (
-    CLIPS_FOLDER,
-    RUN_FILE,
-    RUN_KEY,
-    RowOptions,
-    ShardSummary,
-    partial_of,
-    read_summary,
-    remove_abandoned,
+from student.checkpoint import Checkpoint, CheckpointError, parse_thresholds, read_checkpoint
+from student.model import DeviceError, Student, choose_device, choose_dtype
+from transforms.annotate import AnnotateShards, Annotation, local_checkpoint
+from transforms.meter import NAMESPACE
+from transforms.output import LocalOutput, Output, check_writable, open_output, remove_abandoned
+from transforms.read import read_clips
+from transforms.records import ScoredClip, Shard
+from transforms.score import decode_clips, score_clips
+from transforms.shards import (
+    InputError,
+    find_shards,
+    limit_shards,
+    pack_shards,
+    source_of,
+    unpack_shards,
 )
+from transforms.storage import Access, is_local, read_all
+from transforms.write import CLIPS_FOLDER, RowOptions, ShardSummary, tags_of
 
-LABELS_FILE = "labels.parquet"
-SUMMARY_FILE = "summary.json"
+_CLUSTERS = ("portable", "flink", "spark")  # runners whose workers may be other machines
+_JOB_SERVER_TIMEOUT_S = 60  # Beam's own 5 minutes are long for a mistyped address
+_TRIED_CLIPS = 8  # of the first shard, until one can be tagged, in a rehearsal
 
-_VERSIONS_OF = (
-    "torch", "transformers", "apache-beam", "pyarrow", "numpy", "av", "soundfile", "soxr"
-)  # fmt: skip
+
+@dataclass
+class Todo:
+    """The shards to annotate, packed, and what is known of them all."""
+
+    packets: list[bytes] = field(default_factory=list)  # of `pack_shards`
+    shards: int = 0
+    size_bytes: int = 0
+    max_clips: int | None = None  # where a limit says how many there will be
+
+    def __iter__(self) -> Iterator[Shard]:
+        for packet in self.packets:
+            yield from unpack_shards(packet)
 
 
 @dataclass(frozen=True)
@@ -59,17 +75,35 @@ class Job:
     """A run that has been checked and can begin."""
 
     options: AnnotateOptions
+    beam_options: PipelineOptions
     checkpoint: Checkpoint
-    device: str
-    dtype: str
-    plan: Plan
-    todo: list[Shard]  # the shards of the plan that have no file yet
+    thresholds: tuple[float, ...]
+    workers: dataflow.Workers  # what they compute on, here or there
+    settings: list[dataflow.Setting]  # what a Dataflow job is set to; else empty
+    notes: list[str]  # what could not be checked
+    todo: Todo
+    size_bytes: int  # of all inputs
+    ignored: Counter[str]  # files that are no audio, by suffix
+    finished: set[str]  # ids of shards that have a file
+    skipped: int  # shards of the inputs that an earlier run finished
+    output: Output
+    access: Access
     run: str  # what run.json says
 
     @property
-    def finished(self) -> int:
-        """Shards that an earlier run finished."""
-        return len(self.plan.shards) - len(self.todo)
+    def shards(self) -> int:
+        """Shards of the inputs, finished ones included."""
+        return self.todo.shards + self.skipped
+
+    @property
+    def template(self) -> str | None:
+        """Where a Dataflow template is to be written, instead of starting a job."""
+        return self.beam_options.view_as(GoogleCloudOptions).template_location
+
+    @property
+    def on_dataflow(self) -> bool:
+        """Whether workers of Google's run it."""
+        return bool(self.settings)
 
 
 @dataclass(frozen=True)
@@ -88,297 +122,432 @@ class Outcome:
         return self.total.failed / self.total.clips if self.total.clips else 0.0
 
 
-def annotate(root: beam.Pipeline, shards: list[Shard], annotation: Annotation) -> None:
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a dry run found out."""
+
+    clip: ScoredClip | None  # the clip that was tagged here; None where there is none
+    tags: list[dict[str, Any]]
+    load_s: float
+    score_s: float
+    description: dict[str, Any] | None  # the job that Dataflow would get
+
+
+def annotate(root: beam.Pipeline, todo: Todo, annotation: Annotation) -> None:
     """The pipeline: shard descriptions in, a Parquet file each."""
-    _ = root | "Shards" >> beam.Create(shards, reshuffle=False) | AnnotateShards(annotation)
+    _ = (
+        root
+        | "PackedShards" >> beam.Create(todo.packets, reshuffle=False)
+        | "UnpackShards" >> beam.FlatMap(unpack_shards).with_output_types(Shard)
+        | AnnotateShards(annotation)
+    )
 
 
 def prepare(options: AnnotateOptions) -> Job:
     """Checks everything that can be checked before work begins, and plans it.
 
-    Writes `run.json` and `labels.parquet` when the output is new.
+    Writes `run.json` and `labels.parquet` when the output is new, unless this is a
+    dry run.
 
     Raises:
         UsageError: an option, an input, the checkpoint, the device or the output
             cannot be used as asked.
     """
-    if "://" in options.output or not options.output:
-        raise UsageError(f"--output {options.output!r} is not a local folder")
-    _pipeline(options.beam)  # Beam checks its options when a pipeline is made
+    if not options.output:
+        raise UsageError("--output is empty; is a shell variable unset?")
+    beam_options = _beam_options(options.beam)
+    remote = _runner_of(beam_options) == "dataflow"
+    settings: list[dataflow.Setting] = []
+    notes: list[str] = []
+    access = Access(options.billing_project, options.kms_key)
     try:
-        device = choose_device(options.device)
-        dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
-        checkpoint = read_checkpoint(options.checkpoint)
-        plan = plan_shards(options.inputs, options.files_per_shard)
-    except (CheckpointError, DeviceError, InputError) as error:
+        if remote:
+            workers, settings, notes = _prepare_dataflow(options, beam_options)
+        else:
+            _refuse_for_local(options)
+            workers, notes = _choose_device(options, _runner_of(beam_options))
+        _pipeline(beam_options)  # Beam checks its options when a pipeline is made
+        checkpoint = _read_checkpoint(options.checkpoint, access)
+        thresholds = _thresholds(options, checkpoint, access)
+        output = open_output(options.output, access)
+    except (CheckpointError, DeviceError) as error:
         raise UsageError(str(error)) from error
-    if options.limit is not None:
-        plan = Plan(limit_shards(plan.shards, options.limit), plan.ignored)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"--output {options.output!r} cannot be used: {error}") from error
 
-    run = describe_run(options, checkpoint, dtype)
-    output = Path(options.output)
+    run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype)
+    inputs = _inputs(options, access)
+    if remote:
+        _refuse_local_inputs(inputs)
     try:
-        if options.overwrite:
-            _empty(output)
-        claimed = _claim(output, run)
-        if not (output / LABELS_FILE).exists():
-            thresholds = _thresholds(options, checkpoint)
-            _write_atomically(
-                output / LABELS_FILE, lambda file: write_labels(file, checkpoint, thresholds)
-            )
-        remove_abandoned(output)
-        done = {file.stem for file in (output / CLIPS_FOLDER).glob("*.parquet")}
+        if not options.overwrite:
+            ledger.claim(output, run, only_look=True)
+        elif not options.dry_run:
+            # Inputs first: an empty or misspelt one should not cost the old output.
+            _first_shard(inputs, options, access)
+            ledger.empty(output)
+        if isinstance(output, LocalOutput):
+            _remove_abandoned(output)
+        starts_anew = options.overwrite and options.dry_run
+        finished = set() if starts_anew else ledger.finished_shards(output)
+        planned = _plan(inputs, options, access, finished)
+        ledger.refuse_other_divisions(
+            output,
+            lambda: _find_shards(inputs, options, access, Counter()),
+            planned.sources,
+            planned.left_over,
+        )
+        claimed = json.dumps(run)
+        if not options.dry_run:
+            # Only now: an input that cannot be used leaves no trace.
+            claimed = ledger.claim(output, run)
+            ledger.write_labels(output, checkpoint, thresholds)
+    except InputError as error:
+        raise UsageError(str(error)) from error
     except OSError as error:
-        raise UsageError(
-            f"--output {options.output!r} cannot be written: {error.strerror}"
-        ) from error
-    _refuse_other_divisions(output, plan.shards, done)
-    todo = [shard for shard in plan.shards if shard.id not in done]
-    return Job(options, checkpoint, str(device), dtype, plan, todo, claimed)
+        reason = error.strerror or error
+        raise UsageError(f"--output {options.output!r} cannot be written: {reason}") from error
+    return Job(
+        options, beam_options, checkpoint, thresholds, workers, settings, notes, planned.todo,
+        planned.size_bytes, planned.ignored, finished, planned.skipped, output, access, claimed,
+    )  # fmt: skip
 
 
-def execute(job: Job, watch: Callable[[Job, Path], AbstractContextManager[Any]]) -> Outcome:
+@dataclass
+class _Planned:
+    todo: Todo = field(default_factory=Todo)
+    size_bytes: int = 0
+    skipped: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    sources: set[str] = field(default_factory=set)  # of shards that could be divided otherwise
+    left_over: set[str] = field(default_factory=set)  # finished, and not among the planned
+
+
+def _plan(
+    inputs: tuple[str, ...], options: AnnotateOptions, access: Access, finished: set[str]
+) -> _Planned:
+    """Goes through the shards once; only packed ones stay in memory."""
+    planned = _Planned(left_over=set(finished))
+    limits: list[int | None] = []
+
+    def unfinished() -> Iterator[Shard]:
+        for shard in _find_shards(inputs, options, access, planned.ignored):
+            planned.size_bytes += shard.size_bytes
+            planned.left_over.discard(shard.id)
+            if shard.kind != "tar":
+                planned.sources.add(source_of(shard.id))
+            if shard.id in finished:
+                planned.skipped += 1
+                continue
+            planned.todo.shards += 1
+            planned.todo.size_bytes += shard.size_bytes
+            limits.append(shard.max_clips) if options.limit is not None else None
+            yield shard
+
+    planned.todo.packets.extend(pack_shards(unfinished()))
+    if options.limit is not None:
+        planned.todo.max_clips = sum(limit or 0 for limit in limits)
+    return planned
+
+
+def _find_shards(
+    inputs: tuple[str, ...], options: AnnotateOptions, access: Access, ignored: Counter[str]
+) -> Iterator[Shard]:
+    found = find_shards(inputs, ignored, options.files_per_shard, access)
+    return iter(limit_shards(found, options.limit, access)) if options.limit else found
+
+
+def _first_shard(inputs: tuple[str, ...], options: AnnotateOptions, access: Access) -> None:
+    with closing(find_shards(inputs, Counter(), options.files_per_shard, access)) as found:
+        next(found, None)
+
+
+def execute(
+    job: Job,
+    watch: Callable[[Job, Path], AbstractContextManager[Any]],
+    watch_remote: Callable[[Job, dataflow.Places], Callable[[str, dict[str, int]], None]],
+) -> Outcome | None:
     """Runs the pipeline over the shards that have no file yet, then sums up the output.
 
     Args:
-        watch: shows progress while its context lasts, from the files that workers
+        job: of `prepare`.
+        watch: shows progress while its context lasts, from the files that local workers
             leave in the given folder.
+        watch_remote: gives what shows the state and the counters of a Dataflow job.
+
+    Returns:
+        None where nobody waits for the job (`--detach`, a template).
+
+    Raises:
+        dataflow.JobRefused, dataflow.JobFailed, dataflow.StoppedWatching: from Dataflow.
     """
-    output = Path(job.options.output)
     started = time.monotonic()
-    if job.todo:
+    metrics: dict[str, Any] = {}
+    if job.todo.shards:
         with tempfile.TemporaryDirectory(prefix="earmark-") as progress:
-            annotation = Annotation(
-                checkpoint=job.options.checkpoint,
-                weights_sha256=job.checkpoint.weights_sha256,
-                config_sha256=job.checkpoint.config_sha256,
-                device=job.device,
-                dtype=job.dtype,
-                pool=job.options.pool,
-                rows=_row_options(job.options, job.checkpoint),
-                output=str(output.resolve()),
-                run=job.run,
-                progress_folder=progress,
-            )
-            with watch(job, Path(progress)):
-                root = _pipeline(job.options.beam)
-                annotate(root, job.todo, annotation)
-                root.run().wait_until_finish()
+            annotation = _annotation(job, None if job.on_dataflow else progress)
+            root = _pipeline(job.beam_options)
+            annotate(root, job.todo, annotation)
+            if job.on_dataflow:
+                result = dataflow.submit(root)
+                if not result.has_job:  # --template_location: there is a file, and no job
+                    return None
+                show = watch_remote(job, dataflow.Places(result.job_id(), job.beam_options))
+                if job.options.detach:
+                    return None
+                dataflow.wait(result, job.beam_options, show)
+            else:
+                with watch(job, Path(progress)), _causes(job.beam_options):
+                    result = root.run()
+                    result.wait_until_finish()
+            metrics = metrics_of(result)
     wall_s = time.monotonic() - started
-    remove_abandoned(output)
-    return _sum_up(output, {shard.id for shard in job.todo}, wall_s)
+    if isinstance(job.output, LocalOutput):
+        _remove_abandoned(job.output)
+    total, now = ledger.sum_up(job.output, job.finished, wall_s, metrics)
+    published = ledger.finished_shards(job.output)
+    missing = sum(shard.id not in published for shard in job.todo)
+    if missing:
+        raise dataflow.JobFailed(
+            f"the job ended, but {missing:,} of its {job.todo.shards:,} shards have no file in "
+            f"{job.output.uri}; run the same command again to make them"
+        )
+    return Outcome(total, job.todo.shards, now.clips, now.audio_s, wall_s)
 
 
-def describe_run(options: AnnotateOptions, checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
-    """What made an output: `run.json`, and the metadata of each of its files.
+@contextmanager
+def _causes(options: PipelineOptions) -> Iterator[None]:
+    """Puts into one sentence what a cluster's workers say in pages of log.
 
-    `scoring` is all that changes a row; its hash is the `fingerprint`, and one
-    output has one fingerprint.
+    Raises:
+        JobFailed: the job failed elsewhere; what a worker raised is in the message.
     """
-    thresholds = _thresholds(options, checkpoint)
-    scoring = {
-        "earmark": __version__,
-        "weights_sha256": checkpoint.weights_sha256,
-        "config_sha256": checkpoint.config_sha256,
-        "labels": _digest([asdict(label) for label in checkpoint.labels]),
-        "features": asdict(checkpoint.features),
-        "dtype": dtype,
-        "resample": f"soxr {RESAMPLE_QUALITY}",
-        "chunk_samples": checkpoint.features.chunk_samples,
-        "pool": options.pool,
-        "thresholds": _digest(thresholds) if len(set(thresholds)) > 1 else thresholds[0],
-        "top_k": options.top_k,
-        "score_type": options.score_type,
-        "chunks": options.chunks,
-        "embeddings": options.embeddings,
-        "limit": options.limit,
-    }
-    return {
-        "earmark": __version__,
-        "fingerprint": _digest(scoring),
-        "checkpoint": {
-            "name": as_text(checkpoint.name),
-            "weights_sha256": checkpoint.weights_sha256,
-            "labels": len(checkpoint.labels),
-            "thresholds": "option" if options.threshold is not None
-            else "checkpoint" if checkpoint.has_own_thresholds else "default",
-        },
-        "scoring": scoring,
-        "thresholds": {label.name: t for label, t in zip(checkpoint.labels, thresholds, strict=True)},
-        "inputs": [as_text(pattern) for pattern in options.inputs],
-        "options": {
-            name: value
-            for name, value in asdict(options).items()
-            if name not in ("inputs", "output", "checkpoint", "overwrite")
-        },
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS_OF},
-    }  # fmt: skip
-
-
-def write_labels(file: Path, checkpoint: Checkpoint, thresholds: tuple[float, ...]) -> None:
-    """`labels.parquet`: what each index of `scores` means, with AudioSet's ontology above it."""
-    ontology = audioset_ontology()
-
-    def names(mids: tuple[str, ...]) -> list[str]:
-        return [ontology[mid].name for mid in mids]
-
-    rows = [
-        {
-            "index": label.index,
-            "mid": label.mid or None,
-            "name": label.name,
-            "threshold": threshold,
-            "parents": names(ontology[label.mid].parent_mids) if label.mid in ontology else [],
-            "ancestors": names(ancestors(label.mid)),
-        }
-        for label, threshold in zip(checkpoint.labels, thresholds, strict=True)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows, LABELS_SCHEMA), file, compression="zstd")
-
-
-LABELS_SCHEMA = pa.schema(
-    [
-        ("index", pa.int16()),
-        ("mid", pa.string()),
-        ("name", pa.string()),
-        ("threshold", pa.float32()),
-        ("parents", pa.list_(pa.string())),
-        ("ancestors", pa.list_(pa.string())),
-    ]
-)
-
-
-def _claim(output: Path, run: dict[str, Any]) -> str:
-    """Makes `output` this run's, or checks that it is of the same making; gives its `run.json`."""
-    run_file = output / RUN_FILE
-    if not run_file.exists():
-        if any((output / CLIPS_FOLDER).glob("*")):
-            raise UsageError(
-                f"--output {str(output)!r} has a folder {CLIPS_FOLDER!r} that earmark did not make "
-                f"(there is no {RUN_FILE}); choose another --output"
-            )
-        output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
-        _write_atomically(run_file, lambda file: file.write_text(text, "utf-8"), first_wins=True)
+    said = _LastError()
+    logging.getLogger().addHandler(said)
     try:
-        claimed = run_file.read_text("utf-8")
-        earlier = json.loads(claimed)["scoring"]
-        differences = [
-            f"{key} was {_shown(earlier.get(key))}, is {_shown(value)}"
-            for key, value in run["scoring"].items()
-            if earlier.get(key) != value
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{run_file} is damaged; use --overwrite to start anew") from error
-    if differences:
-        raise UsageError(
-            f"--output {str(output)!r} holds rows that were made otherwise: {'; '.join(differences)}. "
-            "One output holds one making: choose another --output, or start anew with --overwrite"
-        )
-    return claimed
-
-
-def _refuse_other_divisions(output: Path, planned: list[Shard], done: set[str]) -> None:
-    """Refuses shards of a folder or Parquet file whose clips a finished file holds already."""
-    files = {(as_text(shard.uri), as_text(file)) for shard in planned for file in shard.files}
-    for shard_id in outdated(planned, done):
-        table = pq.read_table(
-            output / CLIPS_FOLDER / f"{shard_id}.parquet", columns=["shard", "member"]
-        )
-        rows = zip(table["shard"].to_pylist(), table["member"].to_pylist(), strict=True)
-        if "-rg" in shard_id or not files.isdisjoint(rows):
-            raise UsageError(
-                f"{output}/{CLIPS_FOLDER}/{shard_id}.parquet is finished, but its input is divided "
-                "otherwise by now (files were added or removed, or --files-per-shard is another): clips "
-                "would be in the table twice; "
-                "use --overwrite to start anew, or another --output"
-            )
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return f'{text[:13]}..."' if len(text) > 60 and isinstance(value, str) else text
-
-
-def _empty(output: Path) -> None:
-    """Removes what earmark put into `output`, and nothing else."""
-    if not (output / RUN_FILE).exists():
-        return
-    shutil.rmtree(output / CLIPS_FOLDER, ignore_errors=True)
-    # run.json last: until then an interrupted --overwrite is still recognised.
-    for name in (LABELS_FILE, SUMMARY_FILE, RUN_FILE):
-        (output / name).unlink(missing_ok=True)
-
-
-def _write_atomically(
-    file: Path, write: Callable[[Path], Any], *, first_wins: bool = False
-) -> None:
-    partial = partial_of(file)
-    try:
-        write(partial)
-        if not first_wins:
-            partial.replace(file)
-            return
-        try:
-            os.link(partial, file)  # fails where another process was first
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            if not file.exists():
-                partial.replace(file)
+        yield
+    except grpc.FutureTimeoutError as error:
+        endpoint = options.view_as(PortableOptions).job_endpoint
+        raise dataflow.JobFailed(
+            f"no job server answers at {endpoint} (--job_endpoint): start it, or correct the address"
+        ) from error
+    except RuntimeError as error:
+        if "failed in state" not in str(error):
+            raise
+        hint = ""
+        if said.line and re.search(r"No module named '(pipeline|student|transforms)", said.line):
+            hint = "; the worker lacks earmark: install the wheel there, or use its image (docs/runners.md)"
+        raise dataflow.JobFailed(f"the job failed: {said.line or error}{hint}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        logging.getLogger().removeHandler(said)
 
 
-def _sum_up(output: Path, of_this_run: set[str], wall_s: float) -> Outcome:
-    """Adds up the footers of all finished files, and writes `summary.json`.
+class _LastError(logging.Handler):
+    """Keeps the last line of a log that names an exception."""
+
+    line: str | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Looks at one record."""
+        for line in record.getMessage().splitlines():
+            if re.match(r"[\w.]+(Error|Exception|Refused|Killed): ", line):
+                self.line = line.strip()
+
+
+def rehearse(job: Job) -> Rehearsal:
+    """Does once, here, what the workers will do: writes to the output, loads the student, tags a clip.
+
+    What was written is removed again.
 
     Raises:
-        ValueError: a file is damaged, or of another making than `run.json` says.
+        UsageError: one of them does not work.
     """
-    making = json.loads((output / RUN_FILE).read_text("utf-8"))["fingerprint"]
-    total, now = ShardSummary(), ShardSummary()
-    for file in sorted((output / CLIPS_FOLDER).glob("*.parquet")):
-        summary = read_summary(file)
-        made = json.loads(pq.read_metadata(file).metadata[RUN_KEY])["fingerprint"]
-        if made != making:
-            raise ValueError(f"{file} is of another making than {RUN_FILE}; use --overwrite")
-        total += summary
-        if file.stem in of_this_run:
-            now += summary
-    failures: dict[str, dict[str, int]] = {}
-    for reason, count in total.failures.most_common():
-        stage, _, kind = reason.partition("/")
-        failures.setdefault(stage, {})[kind] = count
-    content = {
-        "clips": total.clips,
-        "tagged": total.clips - total.failed,
-        "failed": total.failed,
-        "failures": failures,
-        "audio_s": round(total.audio_s, 3),
-        "wall_s": round(wall_s, 3),
-        "clips_per_s": round(now.clips / wall_s, 3) if now.clips else 0.0,
-        "clips_this_run": now.clips,
-        "tags": dict(total.tags.most_common()),
+    try:
+        check_writable(job.output)
+    except OSError as error:
+        raise UsageError(
+            f"--output {job.options.output!r} cannot be written: {error.strerror or error}"
+        ) from error
+    started = time.monotonic()
+    device = "auto" if job.on_dataflow else job.workers.device
+    dtype = "auto" if job.on_dataflow else job.workers.dtype
+    try:
+        student = Student.load(local_checkpoint(job.options.checkpoint, job.access), device, dtype)
+    except (CheckpointError, DeviceError) as error:
+        raise UsageError(str(error)) from error
+    load_s = time.monotonic() - started
+    started = time.monotonic()
+    clip = _tag_one(job, student)
+    score_s = time.monotonic() - started
+    tags = (
+        tags_of(clip.scores, student.labels, _row_options(job))
+        if clip is not None and clip.scores is not None
+        else []
+    )
+    described = None
+    if job.on_dataflow:
+        root = _pipeline(job.beam_options)
+        annotate(root, job.todo, _annotation(job, None))
+        described = dataflow.job_description(root, job.beam_options)
+    return Rehearsal(clip, tags, load_s, score_s, described)
+
+
+def _tag_one(job: Job, student: Student) -> ScoredClip | None:
+    """The first clip of the first shard that can be tagged, or the last that could not."""
+    found = None
+    shard = next(iter(job.todo), None)
+    if shard is None:
+        return None
+    try:
+        with closing(read_clips(shard, job.access)) as clips:
+            for _, clip in zip(range(_TRIED_CLIPS), clips, strict=False):
+                (found,) = score_clips(decode_clips([clip], student.features), student)
+                if found.scores is not None and np.isfinite(found.scores).all():
+                    break
+    except OSError as error:
+        raise UsageError(f"{shard.uri!r} cannot be read: {error.strerror or error}") from error
+    return found
+
+
+def metrics_of(result: Any) -> dict[str, Any]:
+    """Earmark's metrics of a finished job: counters, and of each distribution how many, sum, ends."""
+    from apache_beam.metrics import MetricsFilter
+
+    try:
+        found = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))
+    except (NotImplementedError, AttributeError):  # a runner that has none
+        return {}
+    counters = {c.key.metric.name: c.result for c in found["counters"]}
+    distributions = {
+        d.key.metric.name: {
+            "count": d.result.count,
+            "sum": d.result.sum,
+            "min": d.result.min,
+            "max": d.result.max,
+        }
+        for d in found["distributions"]
+        if d.result is not None
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    _write_atomically(output / SUMMARY_FILE, lambda file: file.write_text(text, "utf-8"))
-    return Outcome(total, len(of_this_run), now.clips, now.audio_s, wall_s)
+    return dict(sorted(counters.items())) | dict(sorted(distributions.items()))
 
 
-def _pipeline(beam_options: tuple[str, ...]) -> beam.Pipeline:
-    """An empty pipeline with Beam's options, earmark's defaults among them.
+# ------------------------------------------------------------------- Dataflow
 
-    Raises:
-        UsageError: Beam does not accept the options.
-    """
-    options = PipelineOptions(list(beam_options))
+
+def _prepare_dataflow(
+    options: AnnotateOptions, beam_options: PipelineOptions
+) -> tuple[dataflow.Workers, list[dataflow.Setting], list[str]]:
+    """Decides what a job looks like, and refuses what Dataflow would, or would charge for in vain."""
+    if importlib.util.find_spec("google.cloud.dataflow_v1beta3") is None:
+        raise UsageError(
+            "Dataflow needs Beam's client for Google Cloud: pip install 'earmark-audio[cloud]' (in a "
+            "checkout: pip install --editable '.[cloud]')"
+        )
+    notes: list[str] = []
+    cloud = beam_options.view_as(GoogleCloudOptions)
+    dataflow.refuse_contradictions(options.gpu, beam_options)
+    if options.device != "auto":
+        raise UsageError(
+            f"--device {options.device} is about this machine; on Dataflow --gpu says what the workers have"
+        )
+    for option in ("project", "region"):
+        if getattr(cloud, option) is None:
+            raise UsageError(f"Dataflow needs --{option}")
+    if not options.output.startswith("gs://"):
+        raise UsageError(
+            f"--output {options.output!r} is no gs:// URL: Dataflow's workers share no disk with this machine"
+        )
+    if is_local(options.checkpoint) and Path(options.checkpoint).is_dir():
+        raise UsageError(
+            f"--checkpoint {options.checkpoint!r} is a folder of this machine, which Dataflow's workers do not "
+            "see: copy it to gs://, or name one of the Hugging Face Hub that is in the image"
+        )
+    workers = dataflow.choose_workers(options.gpu, options.dtype, beam_options)
+    slug = re.sub(r"[^a-z0-9]+", "-", options.output.removeprefix("gs://").lower()).strip("-")[:36]
+    job_name = f"earmark-{slug}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    settings = dataflow.settings(workers, options.output, job_name, beam_options)
+    dataflow.apply(settings, beam_options)
+    image = beam_options.view_as(WorkerOptions).sdk_container_image
+    try:
+        dataflow.refuse_other_versions(image, image_versions(image))
+    except ImageUnknown as error:
+        notes.append(f"not checked: {error}")
+    return workers, settings, notes
+
+
+def _choose_device(options: AnnotateOptions, runner: str) -> tuple[dataflow.Workers, list[str]]:
+    """What workers compute on that are here, or on a cluster that this machine does not see."""
+    if runner in _CLUSTERS and options.device.startswith("cuda"):
+        if options.dtype == "auto":
+            raise UsageError(
+                f"--device {options.device} is of the workers, which this machine does not see: say what "
+                "they compute in, --dtype bfloat16 (Ampere and later) or float16"
+            )
+        return dataflow.Workers(dataflow.NO_GPU, 0, options.device, options.dtype), []
+    device = choose_device(options.device)
+    dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
+    notes = []
+    if runner in _CLUSTERS and options.device == "auto":
+        notes.append(
+            f"the workers will compute on {device}, which is what this machine has; where they have "
+            "something else, say --device"
+        )
+    return dataflow.Workers(dataflow.NO_GPU, 0, str(device), dtype), notes
+
+
+def _refuse_for_local(options: AnnotateOptions) -> None:
+    for given, name in (
+        (options.gpu, "--gpu"),
+        (options.detach, "--detach"),
+        (options.job_file, "--job-file"),
+    ):
+        if given:
+            raise UsageError(
+                f"{name} is for --runner DataflowRunner; here, --device says what to use"
+            )
+
+
+def _refuse_local_inputs(inputs: tuple[str, ...]) -> None:
+    for uri in inputs:
+        if is_local(uri):
+            raise UsageError(
+                f"input {uri!r} is a path of this machine, which Dataflow's workers do not see: give a URL "
+                "such as gs://bucket/folder"
+            )
+
+
+# ---------------------------------------------------------------------- Beam
+
+
+def _beam_options(given: tuple[str, ...]) -> PipelineOptions:
+    options = PipelineOptions(list(given))
     if "runner" not in options.get_all_options(drop_default=True):
         options.view_as(StandardOptions).runner = DEFAULT_RUNNER
     # Everything lives in installed modules; a pickled main session would only hide a missing one.
     options.view_as(SetupOptions).save_main_session = False
     if options.view_as(DirectOptions).direct_num_workers < 0:
         raise UsageError("--direct_num_workers must be 0 (all cores) or more")
+    if "job_server_timeout" not in options.get_all_options(drop_default=True):
+        options.view_as(PortableOptions).job_server_timeout = _JOB_SERVER_TIMEOUT_S
+    if options.view_as(TestOptions).dry_run:
+        raise UsageError("--dry_run is for Beam's own tests; use --dry-run")
+    return options
+
+
+def _runner_of(options: PipelineOptions) -> str:
+    """`dataflow` for `DataflowRunner` in any of the spellings that Beam takes, and so on."""
+    runner = str(options.view_as(StandardOptions).runner).rpartition(".")[2]
+    return runner.lower().removesuffix("runner")
+
+
+def _pipeline(options: PipelineOptions) -> beam.Pipeline:
+    """An empty pipeline.
+
+    Raises:
+        UsageError: Beam does not accept the options.
+    """
     try:
         return beam.Pipeline(options=options)
     except (ValueError, RuntimeError, ImportError) as error:
@@ -386,21 +555,81 @@ def _pipeline(beam_options: tuple[str, ...]) -> beam.Pipeline:
         raise UsageError(f"Beam does not take these options: {lines}") from error
 
 
-def _row_options(options: AnnotateOptions, checkpoint: Checkpoint) -> RowOptions:
-    return RowOptions(
-        thresholds=_thresholds(options, checkpoint),
-        top_k=options.top_k,
-        chunks=options.chunks,
-        embeddings=options.embeddings,
-        score_type=options.score_type,
+def _annotation(job: Job, progress_folder: str | None) -> Annotation:
+    return Annotation(
+        # By its whole path: workers run in folders of their own.
+        checkpoint=str(job.checkpoint.directory)
+        if Path(job.options.checkpoint).is_dir()
+        else job.options.checkpoint,
+        weights_sha256=job.checkpoint.weights_sha256,
+        config_sha256=job.checkpoint.config_sha256,
+        device=job.workers.device,
+        dtype=job.workers.dtype,
+        pool=job.options.pool,
+        rows=_row_options(job),
+        output=job.output.uri,
+        run=job.run,
+        access=job.access,
+        progress_folder=progress_folder,
     )
 
 
-def _thresholds(options: AnnotateOptions, checkpoint: Checkpoint) -> tuple[float, ...]:
+def _row_options(job: Job) -> RowOptions:
+    return RowOptions(
+        thresholds=job.thresholds,
+        top_k=job.options.top_k,
+        chunks=job.options.chunks,
+        embeddings=job.options.embeddings,
+        score_type=job.options.score_type,
+    )
+
+
+# --------------------------------------------------------------------- inputs
+
+
+def _inputs(options: AnnotateOptions, access: Access) -> tuple[str, ...]:
+    """The inputs of the command line, and those that files name, one a line."""
+    inputs = list(options.inputs)
+    for file in options.inputs_from:
+        try:
+            text = read_all(file, access).decode("utf-8")
+        except (OSError, ValueError, ImportError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"--inputs-from {file!r} cannot be read: {reason}") from error
+        lines = [line.strip() for line in text.splitlines()]
+        named = [line for line in lines if line and not line.startswith("#")]
+        if not named:
+            raise UsageError(f"--inputs-from {file!r} names no input; expected one a line")
+        inputs += named
+    return tuple(inputs)
+
+
+def _read_checkpoint(checkpoint: str, access: Access) -> Checkpoint:
+    return replace(read_checkpoint(local_checkpoint(checkpoint, access)), name=checkpoint)
+
+
+def _thresholds(
+    options: AnnotateOptions, checkpoint: Checkpoint, access: Access
+) -> tuple[float, ...]:
+    if options.threshold is not None and options.thresholds is not None:
+        raise UsageError("--threshold and --thresholds both say when a score is a tag: give one")
     if options.threshold is not None:
         return (options.threshold,) * len(checkpoint.labels)
-    return checkpoint.thresholds
+    if options.thresholds is None:
+        return checkpoint.thresholds
+    try:
+        stated = json.loads(read_all(options.thresholds, access))
+    except (OSError, ValueError, ImportError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--thresholds {options.thresholds!r} cannot be read: {reason}") from error
+    if not isinstance(stated, dict):
+        raise UsageError(
+            f"--thresholds {options.thresholds!r} holds a JSON {type(stated).__name__}, expected an object of "
+            "label name or mid to number"
+        )
+    return parse_thresholds(stated, checkpoint.labels, options.thresholds)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _remove_abandoned(output: LocalOutput) -> None:
+    folder = Path(output.uri)
+    remove_abandoned(folder, folder / CLIPS_FOLDER)

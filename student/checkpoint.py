@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ DEFAULT_THRESHOLD = 0.2  # where a checkpoint states none; bookbot's own choice 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _CONFIG_FILES = ("config.json", "preprocessor_config.json")
 _HUB_FILES = ["*.json", "*.safetensors", "README.md"]
+
+# What a copy of a checkpoint has to hold.
+CHECKPOINT_SUFFIXES = (".json", ".safetensors")
 
 
 class CheckpointError(ValueError):
@@ -94,7 +97,7 @@ def read_checkpoint(checkpoint: str) -> Checkpoint:
         directory=directory,
         labels=labels,
         features=features,
-        thresholds=_thresholds(thresholds_file, labels)
+        thresholds=parse_thresholds(_read_json(thresholds_file), labels, thresholds_file)
         if own
         else (DEFAULT_THRESHOLD,) * len(labels),
         has_own_thresholds=own,
@@ -168,9 +171,14 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _thresholds(file: Path, labels: Sequence[Label]) -> tuple[float, ...]:
-    """Per-label thresholds: a JSON object of label mid or name to a number in [0, 1]."""
-    stated = _read_json(file)
+def parse_thresholds(
+    stated: Mapping[str, Any], labels: Sequence[Label], file: str | Path
+) -> tuple[float, ...]:
+    """Per-label thresholds of a JSON object of label mid or name to a number in [0, 1].
+
+    Raises:
+        CheckpointError: it names an unknown label, or states no such number.
+    """
     known = {label.name for label in labels} | {label.mid for label in labels if label.mid}
     for key, value in stated.items():
         if key not in known:

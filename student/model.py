@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
-from typing import Literal, overload
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -42,6 +44,7 @@ class Student:
         device: where the model runs.
         dtype: what it computes in; features and scores are float32 always.
         max_batch: chunks that go through the model at once.
+        batch_halvings: how often a batch was cut in two for want of GPU memory.
     """
 
     def __init__(
@@ -62,6 +65,13 @@ class Student:
         self._log_mel = LogMel(checkpoint.features).to(device)
         tokens = model.audio_spectrogram_transformer.embeddings.position_embeddings.shape[1]
         self.max_batch = max(1, _MAX_BATCH_TOKENS[device.type] // tokens)
+        self.batch_halvings = 0
+        self._fitting = self.max_batch  # less once a batch did not fit
+        # Threads share a student. On a GPU they take turns, so that one batch's
+        # activations are in its memory, not one for each thread.
+        self._turn: AbstractContextManager[Any] = (
+            threading.Lock() if device.type == "cuda" else nullcontext()
+        )
 
     @classmethod
     def load(cls, checkpoint: str = BUNDLED, device: str = "auto", dtype: str = "auto") -> Student:
@@ -100,6 +110,11 @@ class Student:
     def embedding_size(self) -> int:
         """Length of an embedding: 768 for Distil-AST."""
         return int(self._model.config.hidden_size)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weights as they are on the device."""
+        return sum(p.numel() * p.element_size() for p in self._model.parameters())
 
     @property
     def parameters(self) -> int:
@@ -142,7 +157,7 @@ class Student:
         pooled = np.empty((len(arrays), self.embedding_size), np.float32)
         for start in range(0, len(arrays), self.max_batch):
             batch = slice(start, start + self.max_batch)
-            scores[batch], pooled[batch] = self._score_batch(arrays[batch])
+            scores[batch], pooled[batch] = self._score_fitting(arrays[batch])
         return (scores, pooled) if embeddings else scores
 
     def _check(self, position: int, array: NDArray[np.float32]) -> None:
@@ -160,6 +175,33 @@ class Student:
             )
         if not np.isfinite(array).all():
             raise ValueError(f"waveform {position} holds NaN or infinite samples")
+
+    def _score_fitting(
+        self, arrays: Sequence[NDArray[np.float32]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """`_score_batch`, in halves where the whole does not fit the GPU's memory.
+
+        Raises:
+            torch.OutOfMemoryError: not even one chunk fits.
+        """
+        if len(arrays) <= self._fitting:
+            try:
+                with self._turn:
+                    return self._score_batch(arrays)
+            except torch.OutOfMemoryError:
+                if len(arrays) == 1:
+                    raise
+            # Outside the handler: its traceback would keep the failed batch's tensors alive.
+            torch.cuda.empty_cache()
+            self.batch_halvings += 1
+            self._fitting = len(arrays) // 2
+            logger.warning(
+                "a batch of %d chunks does not fit the memory of %s; going on with %d",
+                len(arrays), self.device, self._fitting,
+            )  # fmt: skip
+        half = len(arrays) // 2
+        first, second = self._score_fitting(arrays[:half]), self._score_fitting(arrays[half:])
+        return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
 
     @torch.inference_mode()
     def _score_batch(
@@ -200,6 +242,18 @@ def choose_device(device: str) -> torch.device:
             f"device {device!r} was asked for, but there are {torch.cuda.device_count()}"
         )
     return place
+
+
+def devices_of(device: str) -> list[str]:
+    """The devices that a worker with `device` may use: `cuda` is every GPU of the machine.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    place = choose_device(device)
+    if place.type == "cuda" and place.index is None:
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [str(place)]
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:

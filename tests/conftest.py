@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
+from pipeline.cli import cli
 from student.labels import audioset_labels
 from student.model import Student
+from transforms import storage
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -120,3 +123,23 @@ def make_tar() -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def earmark(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Runs `earmark` in this process with `env`, and gives what it prints."""
+
+    def run(env: Mapping[str, str], *arguments: object, code: int = 0) -> str:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        storage.forget_clients()
+        command = [str(argument) for argument in arguments]
+        if command[0] == "annotate" and "--checkpoint" not in command:
+            command += ["--checkpoint", str(tiny_checkpoint)]
+        done = CliRunner().invoke(cli, command)
+        assert done.exit_code == code, done.output
+        assert "Traceback" not in done.output
+        return done.output
+
+    yield run
+    storage.forget_clients()

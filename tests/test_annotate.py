@@ -24,6 +24,7 @@ from pipeline.cli import cli
 from student import model
 from student.labels import audioset_labels
 from transforms.annotate import check_claim
+from transforms.output import LocalOutput
 from transforms.write import RUN_KEY, read_summary
 
 ROOT = Path(__file__).parent.parent
@@ -193,11 +194,11 @@ def test_the_same_weights_in_another_architecture_are_refused(
 
 def test_a_run_whose_output_was_started_anew_publishes_nothing_more(tmp_path):
     with pytest.raises(RuntimeError, match="another run has started"):
-        check_claim(tmp_path, '{"fingerprint": "ours"}')  # emptied
+        check_claim(LocalOutput(tmp_path), '{"fingerprint": "ours"}')  # emptied
     (tmp_path / "run.json").write_text('{"fingerprint": "theirs"}')
     with pytest.raises(RuntimeError, match="another run has started"):
-        check_claim(tmp_path, '{"fingerprint": "ours"}')
-    check_claim(tmp_path, '{"fingerprint": "theirs"}')
+        check_claim(LocalOutput(tmp_path), '{"fingerprint": "ours"}')
+    check_claim(LocalOutput(tmp_path), '{"fingerprint": "theirs"}')
 
 
 def test_overwrite_starts_anew_and_spares_what_is_not_earmarks(annotate, shards, tmp_path):
@@ -340,7 +341,12 @@ def test_the_same_names_twice_stay_two_rows(annotate, tmp_path, make_tar, encode
         (["{shards}", "--output", "out", "--threshold", "7"], "'--threshold'"),
         (["{shards}", "--output", "out", "--checkpoint", "./nowhere"], "neither 'bundled', nor an existing"),
         (["{shards}", "--output", "out", "--device", "tpu"], "device 'tpu'"),
-        (["{shards}", "--output", "gs://bucket/out"], "is not a local folder"),
+        (["{shards}", "--output", "nosuch://bucket/out"], "Protocol not known: nosuch"),
+        (["{shards}", "--output", ""], "--output is empty"),
+        (["{shards}", "--output", "out", "--gpu", "nvidia-l4"], "--gpu is for --runner DataflowRunner"),
+        (["{shards}", "--output", "out", "--threshold", "0.5", "--thresholds", "t.json"], "give one"),
+        (["{shards}", "--output", "out", "--thresholds", "t.json"], "'t.json' cannot be read: No such file"),
+        (["--inputs-from", "list.txt", "--output", "out"], "'list.txt' cannot be read: No such file"),
         (["{shards}"], "--output"),
         (["--output", "out"], "INPUT"),
     ],
@@ -428,6 +434,7 @@ def test_a_worker_with_other_weights_stops(annotate, shards, tmp_path, monkeypat
 
 def test_a_summary_needs_no_rows(annotate, shards, tmp_path):
     assert annotate(shards / "a.tar", "--output", tmp_path).exit_code == 0
-    summary = read_summary(next((tmp_path / "clips").glob("*.parquet")))
+    file = next((tmp_path / "clips").glob("*.parquet"))
+    summary, _ = read_summary(LocalOutput(tmp_path), f"clips/{file.name}")
     assert (summary.clips, summary.failed) == (3, 1)
     assert summary.failures == {"decode/InvalidDataError": 1}

@@ -646,7 +646,9 @@ def test_a_file_whose_name_is_not_utf8_is_read_under_a_valid_name(tmp_path: Path
 def test_files_of_another_file_system_are_read() -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/earmark-test-read/deep/a.wav", b"A")
-    what = shard("files", "memory:///earmark-test-read", files=("deep/a.wav", "gone.wav"))
+    what = shard(
+        "files", "memory:///earmark-test-read", files=("deep/a.wav", "gone.wav"), file_sizes=(1, 1)
+    )
     assert clips(what) == [
         ("deep/a.wav", b"A", {}),
         ("unreadable", "gone.wav", "FileNotFound", {}),

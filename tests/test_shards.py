@@ -14,7 +14,7 @@ import xxhash
 
 from transforms import shards
 from transforms.records import Shard
-from transforms.shards import InputError, Plan, limit_shards, outdated, plan_shards
+from transforms.shards import InputError, Plan, limit_shards, outdated, plan_shards, source_of
 
 MakeTar = Callable[..., Path]
 
@@ -392,7 +392,15 @@ def test_a_large_parquet_file_is_split_by_row_groups(
     ]
     monkeypatch.setattr(shards, "PARQUET_SHARD_BYTES", sizes[0] + 1)
     expected = [
-        Shard(f"{whole.id}-rg{first:05d}-{end:05d}", str(file), "parquet", size, (), (first, end))
+        Shard(
+            f"{whole.id}-rg{first:05d}-{end:05d}",
+            str(file),
+            "parquet",
+            size,
+            (),
+            (first, end),
+            file_sizes=(file.stat().st_size,),
+        )
         for first, end, size in [
             (0, 2, sizes[0] + sizes[1]),
             (2, 4, sizes[2] + sizes[3]),
@@ -472,10 +480,16 @@ def test_a_limit_counts_a_broken_shard_as_the_row_that_says_so(
 # -------------------------------------------------------------------- outdated
 
 
+def outdated_by(planned: Iterable[Shard], finished: Iterable[str]) -> list[str]:
+    ids = {shard.id for shard in planned}
+    sources = {source_of(shard.id) for shard in planned if shard.kind != "tar"}
+    return outdated(sources, [shard_id for shard_id in finished if shard_id not in ids])
+
+
 def test_nothing_is_outdated_when_the_input_is_the_same(tmp_path: Path) -> None:
     touch(tmp_path, "a.tar", "x.wav")
     planned = plan(tmp_path).shards
-    assert outdated(planned, [shard.id for shard in planned]) == []
+    assert outdated_by(planned, [shard.id for shard in planned]) == []
 
 
 def test_a_folder_with_other_files_outdates_its_finished_shards(tmp_path: Path) -> None:
@@ -484,7 +498,7 @@ def test_a_folder_with_other_files_outdates_its_finished_shards(tmp_path: Path) 
     touch(tmp_path, "1b.wav")
     after = plan(tmp_path, files_per_shard=2).shards
     assert after[0] == before[0]
-    assert outdated(after, [shard.id for shard in before]) == [before[1].id]
+    assert outdated_by(after, [shard.id for shard in before]) == [before[1].id]
 
 
 def test_another_division_of_a_parquet_file_outdates_its_finished_shards(
@@ -494,18 +508,18 @@ def test_another_division_of_a_parquet_file_outdates_its_finished_shards(
     (whole,) = plan(file).shards
     monkeypatch.setattr(shards, "PARQUET_SHARD_BYTES", 1)
     split = plan(file).shards
-    assert outdated(split, [whole.id]) == [whole.id]
-    assert outdated([whole], [shard.id for shard in split]) == [shard.id for shard in split]
+    assert outdated_by(split, [whole.id]) == [whole.id]
+    assert outdated_by([whole], [shard.id for shard in split]) == [shard.id for shard in split]
 
 
 def test_finished_shards_of_other_inputs_are_not_outdated(tmp_path: Path) -> None:
     touch(tmp_path, "a.tar", "b.tar", "one/set/x.wav", "two/set/x.wav")
     finished = [shard.id for shard in plan(tmp_path / "a.tar", tmp_path / "one" / "set").shards]
     planned = plan(tmp_path / "b.tar", tmp_path / "two" / "set").shards
-    assert outdated(planned, finished) == []
+    assert outdated_by(planned, finished) == []
 
 
 def test_names_that_look_like_ids_outdate_nothing(tmp_path: Path) -> None:
     touch(tmp_path, "clips-0123456789ab-a.tar", "clips-0123456789ab-b.tar")
     a, b = plan(tmp_path).shards
-    assert outdated([b], [a.id]) == []
+    assert outdated_by([b], [a.id]) == []

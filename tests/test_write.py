@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,16 @@ from numpy.typing import NDArray
 
 from student.labels import Label
 from transforms import write
+from transforms.output import PARTIAL_SUFFIX, open_output, remove_abandoned
 from transforms.records import ClipEnd, ClipError, ScoredClip, Shard
 from transforms.write import (
     CLIPS_FOLDER,
-    PARTIAL_SUFFIX,
     RUN_KEY,
     RowOptions,
     ShardSummary,
     clip_row,
     clips_schema,
     read_summary,
-    remove_abandoned,
     tags_of,
     write_rows,
 )
@@ -40,6 +39,7 @@ LABELS = (Label(0, "", "hum"), Label(1, "/m/0bt9lr", "Dog"), Label(2, "/m/05tny_
 SHARD = Shard("set-0123456789ab", "/data/set.tar", "tar", 1_000)
 FAULT = ClipError("decode", "NoAudio", "the audio holds no samples")
 DEFAULTS = RowOptions(thresholds=(0.5, 0.25, 0.5))
+RUN = '{"fingerprint": "ours"}'
 EVERYTHING = RowOptions(thresholds=(0.5, 0.25, 0.5), chunks=True, embeddings=True)
 
 
@@ -88,8 +88,20 @@ def destination(folder: Path, name: str = "set-0123456789ab") -> Path:
 
 def written(folder: Path, *clips: ScoredClip, options: RowOptions = DEFAULTS) -> pa.Table:
     file = destination(folder)
-    write_rows(rows(*clips, options=options), schema(options), file, "{}")
+    write_to(rows(*clips, options=options), schema(options), file, RUN)
     return pq.read_table(file)
+
+
+def write_to(rows: Iterable[Any], schema: pa.Schema, file: Path, run: str, *before: Any) -> Any:
+    summary, size = write_rows(rows, schema, open_output(str(file.parent)), file.name, run, *before)
+    assert size in (0, file.stat().st_size)
+    return summary
+
+
+def summary_of(file: Path) -> ShardSummary:
+    summary, making = read_summary(open_output(str(file.parent)), file.name)
+    assert making == "ours"
+    return summary
 
 
 def metadata_of(**metadata: Any) -> str | None:
@@ -204,7 +216,8 @@ def test_columns_that_were_not_asked_for_are_not_written(tmp_path: Path) -> None
     assert "chunks" not in names
     assert "embedding" not in names
     with_chunks = RowOptions((0.5,) * 3, chunks=True)
-    assert written(tmp_path, good(), options=with_chunks).column_names == [*names, "chunks"]
+    table = written(tmp_path / "more", good(), options=with_chunks)
+    assert table.column_names == [*names, "chunks"]
 
 
 def test_silence_keeps_its_level(tmp_path: Path) -> None:
@@ -305,7 +318,7 @@ def test_the_summary_counts_what_was_written(tmp_path: Path) -> None:
         [],
     )
     clips = [good("1"), failed(), good("2", duration_s=2.25), failed(), broken, good("3")]
-    summary = write_rows(rows(*clips), schema(), destination(tmp_path), "{}")
+    summary = write_to(rows(*clips), schema(), destination(tmp_path), RUN)
     assert summary == ShardSummary(
         clips=6,
         failed=3,
@@ -313,31 +326,35 @@ def test_the_summary_counts_what_was_written(tmp_path: Path) -> None:
         failures=Counter({"decode/NoAudio": 2, "read/BrokenShard": 1}),
         tags=Counter({"Bark": 3, "Dog": 3}),
     )
-    assert read_summary(destination(tmp_path)) == summary
+    assert summary_of(destination(tmp_path)) == summary
 
 
 def test_summaries_add_up() -> None:
     one = ShardSummary(2, 1, 1.5, Counter({"a/b": 1}), Counter({"Dog": 1}))
     other = ShardSummary(3, 2, 0.25, Counter({"a/b": 1, "c/d": 1}), Counter({"hum": 2}))
-    assert one + other == ShardSummary(
+    total = ShardSummary()
+    total.add(one)
+    assert total == one
+    total.add(other)
+    assert total == ShardSummary(
         5, 3, 1.75, Counter({"a/b": 2, "c/d": 1}), Counter({"Dog": 1, "hum": 2})
     )
-    assert ShardSummary() + one == one
+    assert one.clips == 2
 
 
 def test_the_run_is_in_the_files_metadata(tmp_path: Path) -> None:
-    run = json.dumps({"checkpoint": "é"})
-    write_rows(rows(good()), schema(), destination(tmp_path), run)
+    run = json.dumps({"fingerprint": "é"})
+    write_to(rows(good()), schema(), destination(tmp_path), run)
     assert pq.read_metadata(destination(tmp_path)).metadata[RUN_KEY] == run.encode()
 
 
 @pytest.mark.parametrize("options", [DEFAULTS, EVERYTHING], ids=["defaults", "everything"])
 def test_a_shard_without_clips_is_a_file_without_rows(tmp_path: Path, options: RowOptions) -> None:
     file = destination(tmp_path)
-    assert write_rows([], schema(options), file, "{}") == ShardSummary()
+    assert write_to([], schema(options), file, RUN) == ShardSummary()
     table = pq.read_table(file)
     assert (table.num_rows, table.schema.equals(schema(options))) == (0, True)
-    assert read_summary(file) == ShardSummary()
+    assert summary_of(file) == ShardSummary()
 
 
 def test_rows_are_grouped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +401,7 @@ def test_rows_are_written_while_they_come(tmp_path: Path, monkeypatch: pytest.Mo
             sizes.append(partial.stat().st_size)
             yield from rows(good(f"{number:09d}" * 5_000))
 
-    write_rows(coming(), schema(), destination(tmp_path), "{}")
+    write_to(coming(), schema(), destination(tmp_path), RUN)
     assert sizes[9] < sizes[10] < sizes[30]
 
 
@@ -413,7 +430,7 @@ def test_a_fault_among_the_rows_leaves_no_file(
         raise kind("the network is gone")
 
     with pytest.raises(kind):
-        write_rows(breaking(), schema(), destination(tmp_path), "{}")
+        write_to(breaking(), schema(), destination(tmp_path), RUN)
     assert len(seen) == 1  # there was a partial file
     assert list(destination(tmp_path).parent.iterdir()) == []
 
@@ -424,7 +441,7 @@ def test_what_stops_publication_leaves_no_file(tmp_path: Path) -> None:
         raise RuntimeError("the output is another run's by now")
 
     with pytest.raises(RuntimeError, match="the output is another run's by now"):
-        write_rows(rows(good()), schema(), destination(tmp_path), "{}", refuse)
+        write_to(rows(good()), schema(), destination(tmp_path), RUN, refuse)
     assert list(destination(tmp_path).parent.iterdir()) == []
 
 
@@ -437,7 +454,7 @@ def test_a_fault_leaves_the_file_of_an_earlier_run(tmp_path: Path) -> None:
         raise OSError("the network is gone")
 
     with pytest.raises(OSError, match="the network is gone"):
-        write_rows(breaking(), schema(), destination(tmp_path), "{}")
+        write_to(breaking(), schema(), destination(tmp_path), RUN)
     assert destination(tmp_path).read_bytes() == before
     assert list(destination(tmp_path).parent.iterdir()) == [destination(tmp_path)]
 
@@ -451,7 +468,7 @@ def test_a_file_that_is_being_written_is_hidden_from_readers_of_the_folder(tmp_p
         assert list(folder.glob("*.parquet")) == [destination(tmp_path)]
         assert pq.read_table(folder)["member"].to_pylist() == ["whole"]
 
-    write_rows(looking(), schema(), destination(tmp_path, "other"), "{}")
+    write_to(looking(), schema(), destination(tmp_path, "other"), RUN)
     assert sorted(pq.read_table(folder)["member"].to_pylist()) == ["b.wav", "whole"]
 
 
@@ -465,7 +482,7 @@ def test_two_writers_of_one_file_both_succeed(tmp_path: Path) -> None:
         yield from rows(good("2"))
 
     def write_one() -> None:
-        summaries.append(write_rows(slowly(), schema(), destination(tmp_path), "{}"))
+        summaries.append(write_to(slowly(), schema(), destination(tmp_path), RUN))
 
     threads = [threading.Thread(target=write_one) for _ in range(2)]
     for thread in threads:
@@ -494,7 +511,7 @@ def test_the_summary_of_a_foreign_file_is_refused(tmp_path: Path) -> None:
     for name in ("foreign", "text", "empty"):
         file = tmp_path / f"{name}.parquet"
         with pytest.raises(ValueError) as refusal:
-            read_summary(file)
+            summary_of(file)
         assert str(refusal.value) == (
             f"{file} is not a file that earmark finished; remove it and run again"
         )
@@ -506,7 +523,7 @@ def test_the_summary_of_a_truncated_file_is_refused(tmp_path: Path, kept: int) -
     file = destination(tmp_path)
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ValueError, match="is not a file that earmark finished"):
-        read_summary(file)
+        summary_of(file)
 
 
 def partial(output: Path, mark: str) -> Path:
@@ -536,7 +553,7 @@ def test_only_partial_files_of_ended_processes_of_this_host_are_removed(tmp_path
         partial(output, f"set-0123456789ab.another{host}.{dead}.deadbeef"),
         partial(output, f"set-0123456789ab.another.{dead}.deadbeef"),
     ]
-    remove_abandoned(output)
+    remove_abandoned(output, output / CLIPS_FOLDER)
     assert [file.exists() for file in abandoned] == [False, False]
     assert [file.exists() for file in kept] == [True] * 4
 
@@ -544,28 +561,30 @@ def test_only_partial_files_of_ended_processes_of_this_host_are_removed(tmp_path
 @pytest.mark.parametrize("mark", ["notes", "notes.1", ""])
 def test_partial_files_of_another_making_are_left_alone(tmp_path: Path, mark: str) -> None:
     file = partial(tmp_path, mark)
-    remove_abandoned(tmp_path)
+    remove_abandoned(tmp_path, tmp_path / CLIPS_FOLDER)
     assert file.exists()
 
 
 def test_a_partial_file_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     code = (
         "import os, sys, pathlib\n"
+        "from transforms.output import open_output\n"
         "from transforms.write import RowOptions, clips_schema, write_rows\n"
         "def rows():\n"
         "    os._exit(9)\n"
         "    yield\n"
         "schema = clips_schema(3, 2, RowOptions((0.5,) * 3))\n"
-        "write_rows(rows(), schema, pathlib.Path(sys.argv[1]), '{}')\n"
+        "file = pathlib.Path(sys.argv[1])\n"
+        "write_rows(rows(), schema, open_output(str(file.parent)), file.name, '{}')\n"
     )
     file = destination(tmp_path)
     done = subprocess.run([sys.executable, "-c", code, str(file)])
     assert done.returncode == 9
     assert [left.suffix for left in file.parent.iterdir()] == [PARTIAL_SUFFIX]
-    remove_abandoned(tmp_path / "out")
+    remove_abandoned(tmp_path / "out", tmp_path / "out" / CLIPS_FOLDER)
     assert list(file.parent.iterdir()) == []
 
 
 def test_nothing_is_removed_where_there_is_no_output_yet(tmp_path: Path) -> None:
-    remove_abandoned(tmp_path / "out")
+    remove_abandoned(tmp_path / "out", tmp_path / "out" / CLIPS_FOLDER)
     assert list(tmp_path.iterdir()) == []

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
-from student.checkpoint import CheckpointError
-from student.model import Student
+from student.checkpoint import CHECKPOINT_SUFFIXES, CheckpointError
+from student.model import Student, devices_of
+from transforms.meter import NAMESPACE, Meter
+from transforms.output import Output, open_output
 from transforms.progress import ProgressFile
 from transforms.read import read_clips
 from transforms.readahead import read_ahead
 from transforms.records import ScoredClip, Shard
 from transforms.score import Pool, decode_clips, score_clips
+from transforms.storage import DEFAULT_ACCESS, Access, fetch_folder, is_local
 from transforms.write import (
     CLIPS_FOLDER,
     RUN_FILE,
@@ -31,7 +37,11 @@ from transforms.write import (
     write_rows,
 )
 
+logger = logging.getLogger(__name__)
+
 _BATCHES_AHEAD = 2  # decoded chunks that wait for the model, in batches
+_REPORT_EVERY_S = 60.0  # how often a worker logs which side waits
+_METRICS_EVERY_S = 2.0  # how often counts go to Beam while a shard is under way
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Annotation:
     rows: RowOptions
     output: str
     run: str  # the run description, JSON, for every file's metadata
+    access: Access = DEFAULT_ACCESS
     progress_folder: str | None = None  # where local workers leave their counts
 
 
@@ -71,38 +82,161 @@ class AnnotateShards(beam.PTransform):
 
 
 class _AnnotateShard(beam.DoFn):
-    """Holds the student: one a process, whatever the number of threads."""
+    """Holds the students of its process, whatever the number of threads."""
 
     def __init__(self, annotation: Annotation, shared: Shared) -> None:
         self._annotation = annotation
         self._shared = shared
 
     def setup(self) -> None:
-        """Loads the student, unless another thread of this process has."""
-        self._student = self._shared.acquire(lambda: load_student(self._annotation))
+        """Loads a student, unless another thread of this process has."""
+        check_versions(self._annotation.run)
+        self._meter = Meter()
+        self._students = self._shared.acquire(lambda: Students(self._annotation))
+        self._student = self._students.take(self._meter)
+        self._output = open_output(self._annotation.output, self._annotation.access, self._meter)
         self._progress = ProgressFile(self._annotation.progress_folder)
+        self._reported_at = time.monotonic()
 
     def process(self, shard: Shard) -> Iterator[ShardSummary]:
         """Annotates one shard."""
-        started = time.monotonic()
-        summary = annotate_shard(shard, self._student, self._annotation, self._progress)
-        Metrics.counter("earmark", "shards").inc()
-        Metrics.counter("earmark", "clips").inc(summary.clips)
-        Metrics.counter("earmark", "clips-failed").inc(summary.failed)
-        Metrics.counter("earmark", "audio-seconds").inc(round(summary.audio_s))
-        Metrics.distribution("earmark", "shard-msec").update(
-            round(1_000 * (time.monotonic() - started))
+        yield annotate_shard(
+            shard,
+            self._student,
+            self._annotation,
+            self._output,
+            self._progress,
+            self._meter,
+            self._report,
         )
-        yield summary
+        self._report(now=True)
+
+    def _report(self, *, now: bool = False) -> None:
+        """Hands counts to Beam, which takes them only from the thread that runs a DoFn."""
+        if not now and time.monotonic() - self._reported_at < _METRICS_EVERY_S:
+            return
+        self._reported_at = time.monotonic()
+        counts, values = self._meter.take()
+        for name, count in counts.items():
+            Metrics.counter(NAMESPACE, name).inc(count)
+        for name, observed in values.items():
+            for value in observed:
+                Metrics.distribution(NAMESPACE, name).update(value)
+        self._students.waits.add(values)
 
 
-def load_student(annotation: Annotation) -> Student:
-    """The student of an annotation.
+class Students:
+    """The students of one process: one on each device, shared by its threads.
+
+    Threads are dealt over the devices in turn.
+    """
+
+    def __init__(self, annotation: Annotation) -> None:
+        self._annotation = annotation
+        self._devices = itertools.cycle(devices_of(annotation.device))
+        self._loaded: dict[str, Student] = {}
+        self._lock = threading.Lock()
+        self.waits = Waits()
+
+    def take(self, meter: Meter) -> Student:
+        """The student for one more thread.
+
+        Raises:
+            CheckpointError: the checkpoint here is not the one that the run began with.
+            DeviceError: the device is missing.
+        """
+        with self._lock:
+            device = next(self._devices)
+            if device not in self._loaded:
+                started = time.monotonic()
+                student = load_student(self._annotation, device)
+                meter.observe("load_model_latency_milli_secs", 1_000 * (time.monotonic() - started))
+                meter.observe("model_byte_size", student.size_bytes)
+                self._loaded[device] = student
+            return self._loaded[device]
+
+
+class Waits:
+    """How long the model and the decoders of a process waited for each other; logged now and then."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._for_audio_msec = self._for_model_msec = self._busy_msec = 0
+        self._logged_at = time.monotonic()
+
+    def add(self, values: dict[str, list[int]]) -> None:
+        """Adds what a meter observed, and logs at most once in `_REPORT_EVERY_S`."""
+        with self._lock:
+            self._for_audio_msec += sum(values.get("wait_for_audio_msec", ()))
+            self._for_model_msec += sum(values.get("wait_for_model_msec", ()))
+            self._busy_msec += sum(values.get("shard_msec", ()))
+            if self._busy_msec and time.monotonic() - self._logged_at >= _REPORT_EVERY_S:
+                logger.info("%s", self.sentence())
+                self._for_audio_msec = self._for_model_msec = self._busy_msec = 0
+                self._logged_at = time.monotonic()
+
+    def sentence(self) -> str:
+        """Which side waits, in words."""
+        audio, model = (
+            100 * waited / max(1, self._busy_msec)
+            for waited in (self._for_audio_msec, self._for_model_msec)
+        )
+        if audio > model:
+            verdict = (
+                "reading and decoding are the bottleneck: more vCPUs or threads for each model"
+            )
+        else:
+            verdict = "the model is the bottleneck: a faster device, or more of them"
+        return (
+            f"the model waited for audio {audio:.0f} % of the time, "
+            f"decoding waited for the model {model:.0f} %; {verdict}"
+        )
+
+
+def check_versions(run: str) -> None:
+    """Makes sure that this worker runs the code that the job was launched with.
+
+    Raises:
+        RuntimeError: it has another version of earmark or Beam.
+    """
+    stated = json.loads(run)
+    for package, expected in (
+        ("earmark-audio", stated.get("earmark")),
+        ("apache-beam", stated.get("versions", {}).get("apache-beam")),
+    ):
+        found = version(package)
+        if expected is not None and found != expected:
+            raise RuntimeError(
+                f"this worker has {package} {found}, the job was launched with {expected}: launch it "
+                "from the same image or environment that the workers run (--sdk_container_image)"
+            )
+
+
+def local_checkpoint(checkpoint: str, access: Access) -> str:
+    """What `student` can load: a checkpoint in remote storage is copied here first.
+
+    Raises:
+        CheckpointError: it is not there, or cannot be read.
+    """
+    if is_local(checkpoint):
+        return checkpoint
+    try:
+        return str(fetch_folder(checkpoint, CHECKPOINT_SUFFIXES, access))
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint!r} cannot be fetched: {error}") from error
+
+
+def load_student(annotation: Annotation, device: str | None = None) -> Student:
+    """The student of an annotation, on its device or on `device`.
 
     Raises:
         CheckpointError: the checkpoint here is not the one that the run began with.
     """
-    student = Student.load(annotation.checkpoint, annotation.device, annotation.dtype)
+    student = Student.load(
+        local_checkpoint(annotation.checkpoint, annotation.access),
+        device or annotation.device,
+        annotation.dtype,
+    )
     for what in ("weights", "config"):
         found = getattr(student.checkpoint, f"{what}_sha256")
         expected = getattr(annotation, f"{what}_sha256")
@@ -115,52 +249,77 @@ def load_student(annotation: Annotation) -> Student:
 
 
 def annotate_shard(
-    shard: Shard, student: Student, annotation: Annotation, progress: ProgressFile
+    shard: Shard,
+    student: Student,
+    annotation: Annotation,
+    output: Output,
+    progress: ProgressFile,
+    meter: Meter,
+    report: Callable[[], None] = lambda: None,
 ) -> ShardSummary:
     """Reads, decodes, scores and writes one shard, as one stream.
 
     Decoding runs in a thread beside the model, a few batches ahead of it; at no
     time are more clips in memory than that.
 
+    Args:
+        shard: what to read.
+        student: scores.
+        annotation: how.
+        output: where the shard's file is published.
+        progress: shows how far a local run is.
+        meter: counts what `transforms.meter` names.
+        report: called after each clip, in this thread.
+
     Raises:
         OSError: the shard cannot be read or its file not be written; then no file
             is published.
     """
-    options = annotation.rows
-    clips = islice(read_clips(shard), shard.max_clips)
-    decoded = read_ahead(decode_clips(clips, student.features), _BATCHES_AHEAD * student.max_batch)
+    # Where a clip takes the whole process down, this line is what names its shard.
+    logger.info("begins %s", shard.uri)
+    started = time.monotonic()
+    options, halvings = annotation.rows, student.batch_halvings
+    clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
+    ahead = _BATCHES_AHEAD * student.max_batch
+    decoded = read_ahead(decode_clips(clips, student.features), ahead, meter)
     scored = score_clips(
         decoded,
         student,
         annotation.pool,
         keep_chunks=options.chunks,
         keep_embeddings=options.embeddings,
+        meter=meter,
     )
-    summary = write_rows(
-        _rows(_counted(scored, progress), shard, student, options),
+    summary, size_bytes = write_rows(
+        _rows(_counted(scored, progress, meter, report), shard, student, options),
         clips_schema(len(student.labels), student.embedding_size, options),
-        Path(annotation.output) / CLIPS_FOLDER / f"{shard.id}.parquet",
+        output,
+        f"{CLIPS_FOLDER}/{shard.id}.parquet",
         annotation.run,
-        before_publishing=lambda: check_claim(Path(annotation.output), annotation.run),
+        before_publishing=lambda: check_claim(output, annotation.run),
     )
+    meter.add("shards")
+    meter.add("audio_seconds", round(summary.audio_s))
+    meter.add("bytes_written", size_bytes)
+    meter.add("shards_published_by_another", size_bytes == 0)
+    meter.add("batch_halvings", student.batch_halvings - halvings)
+    meter.observe("shard_msec", 1_000 * (time.monotonic() - started))
     progress.counts.shards += 1
     progress.write(now=True)
     return summary
 
 
-def check_claim(output: Path, run: str) -> None:
+def check_claim(output: Output, run: str) -> None:
     """Makes sure that `output` is still of this run's making.
 
     Raises:
         RuntimeError: another run has emptied it with --overwrite since.
     """
-    try:
-        claimed = json.loads((output / RUN_FILE).read_text("utf-8"))["fingerprint"]
-    except FileNotFoundError:
-        claimed = None
+    content = output.read(RUN_FILE)
+    claimed = json.loads(content)["fingerprint"] if content is not None else None
     if claimed != json.loads(run)["fingerprint"]:
         raise RuntimeError(
-            f"another run has started {output} anew; this one publishes nothing more"
+            f"another run has started {output.uri} anew; this one publishes nothing more"
         )
 
 
@@ -188,11 +347,20 @@ def unique(clip_id: str, seen: dict[str, int]) -> str:
     return numbered
 
 
-def _counted(scored: Iterable[ScoredClip], progress: ProgressFile) -> Iterator[ScoredClip]:
+def _counted(
+    scored: Iterable[ScoredClip], progress: ProgressFile, meter: Meter, report: Callable[[], None]
+) -> Iterator[ScoredClip]:
     for clip in scored:
+        error = clip.clip.error
+        meter.add("clips")
+        meter.add("bytes_read", clip.clip.size_bytes)
+        if error is not None:
+            meter.add("clips_failed")
+            meter.add(f"clips_failed_{error.stage}")
         progress.counts.clips += 1
-        progress.counts.failed += clip.clip.error is not None
+        progress.counts.failed += error is not None
         progress.counts.audio_s += clip.clip.duration_s or 0.0
         progress.counts.bytes += clip.clip.size_bytes
         progress.write()
+        report()
         yield clip

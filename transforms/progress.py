@@ -40,7 +40,11 @@ class ProgressFile:
     """One worker's counts, written to `folder` at most a few times a second."""
 
     def __init__(self, folder: str | None) -> None:
-        self._file = folder and Path(folder) / f"{os.getpid()}-{uuid.uuid4().hex}.json"
+        # A worker on another machine has no such folder, and nobody watches it there.
+        watched = folder is not None and Path(folder).is_dir()
+        self._file = (
+            Path(folder or "") / f"{os.getpid()}-{uuid.uuid4().hex}.json" if watched else None
+        )
         self._written_at = 0.0
         self.counts = Progress()
 

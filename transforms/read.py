@@ -11,18 +11,20 @@ import sys
 import tarfile
 import tempfile
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
 from typing import Any, BinaryIO, Literal, cast
 
-import fsspec.core
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from fsspec.implementations.local import LocalFileSystem
 
+from transforms.meter import Meter
 from transforms.records import ClipError, EncodedClip, Shard, UnreadableClip, as_text
+from transforms.storage import DEFAULT_ACCESS, Access, is_local, open_file_system, open_remote
 
 AUDIO_SUFFIXES = frozenset(
     ".3gp .aac .ac3 .aif .aifc .aiff .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp3 "
@@ -33,6 +35,7 @@ MAX_METADATA_BYTES = 1 << 20  # a sibling file larger than this is no metadata
 
 _BLOCK_BYTES = 1 << 20
 _IN_MEMORY_BYTES = 32 << 20  # a larger encoded clip waits on disk while it is decoded
+_FILES_AHEAD = 8  # remote files fetched at a time, in memory or on disk as `_IN_MEMORY_BYTES` says
 _PARQUET_ROWS = 16  # rows of a Parquet file held at a time
 _MAX_SAMPLE_CLIPS = 16  # clips of one key held while their metadata may still come
 
@@ -45,37 +48,46 @@ def is_audio(name: str) -> bool:
     return not hidden and posixpath.splitext(name)[1].lower() in AUDIO_SUFFIXES
 
 
-def open_file_system(path: str) -> tuple[Any, str]:
-    """(file system, path in it) of a path or URL.
-
-    What has no scheme is a local path whatever is in it: fsspec takes `::` for a
-    chain of file systems.
-    """
-    if "://" not in path:
-        local = LocalFileSystem()
-        return local, local._strip_protocol(path)
-    return fsspec.core.url_to_fs(path)
-
-
-def read_clips(shard: Shard) -> Clips:
+def read_clips(shard: Shard, access: Access = DEFAULT_ACCESS, meter: Meter | None = None) -> Clips:
     """Yields every clip of a shard, in the shard's order.
 
     A broken shard yields the clips before the break and then one
     `UnreadableClip` that says where it broke.
 
+    Args:
+        shard: what to read.
+        access: how remote storage is used.
+        meter: counts `read_retries`.
+
     Raises:
         OSError: the shard cannot be opened or read at all (a missing file, a
-            network fault): nothing that would be the same on a second try.
+            network fault that stays): nothing that would be the same on a second try.
     """
     if shard.kind == "files":
-        yield from _read_files(shard)
+        local = is_local(shard.uri)
+        yield from _read_files(shard) if local else _read_remote_files(shard, access, meter)
         return
-    fs, path = open_file_system(shard.uri)
-    with fs.open(path, "rb") as stream:
+    with open_shard(shard, access, meter) as stream:
         if shard.kind == "tar":
             yield from _read_tar(stream)
         else:
             yield from _read_parquet(stream, shard.row_groups)
+
+
+def open_shard(
+    shard: Shard, access: Access = DEFAULT_ACCESS, meter: Meter | None = None
+) -> BinaryIO:
+    """The tar or Parquet file of a shard, open for reading.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    fs, path = open_file_system(shard.uri, access)
+    if is_local(shard.uri):
+        return cast(BinaryIO, fs.open(path, "rb"))
+    size = shard.file_sizes[0] if shard.file_sizes else shard.size_bytes
+    in_order = shard.kind == "tar"
+    return open_remote(fs, path, size, checksum=shard.checksum, in_order=in_order, meter=meter)
 
 
 def count_tar_clips(stream: BinaryIO, enough: int) -> int:
@@ -99,6 +111,43 @@ def _read_files(shard: Shard) -> Clips:
         except (PermissionError, IsADirectoryError) as error:
             message = f"the file cannot be opened: {error.strerror}"
             yield UnreadableClip(member, ClipError("read", type(error).__name__, message), {})
+
+
+def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Clips:
+    """As `_read_files`, with a few small files on their way at a time.
+
+    Each costs a round trip, which is longer than its decoding takes.
+    """
+    fs, root = open_file_system(shard.uri, access)
+
+    def fetch(name: str, size: int) -> tuple[BinaryIO, str, int]:
+        with open_remote(
+            fs, posixpath.join(root, name), size, in_order=True, meter=meter
+        ) as stream:
+            return _spool(stream)
+
+    coming: deque[tuple[str, Future[tuple[BinaryIO, str, int]]]] = deque()
+    left = iter(zip(shard.files, shard.file_sizes, strict=True))
+    with ThreadPoolExecutor(_FILES_AHEAD, "earmark-fetch") as pool:
+        try:
+            while True:
+                for name, size in islice(left, _FILES_AHEAD - len(coming)):
+                    coming.append((name, pool.submit(fetch, name, size)))
+                if not coming:
+                    return
+                name, fetched = coming.popleft()
+                member = as_text(name)
+                try:
+                    audio, digest, size = fetched.result()
+                except FileNotFoundError:
+                    error = ClipError("read", "FileNotFound", "the file is gone")
+                    yield UnreadableClip(member, error, {})
+                    continue
+                with closing(audio):
+                    yield EncodedClip(member, audio, size, digest, {})
+        finally:
+            for _, fetched in coming:
+                fetched.cancel()
 
 
 # ---------------------------------------------------------------------- tars

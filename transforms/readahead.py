@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
+
+from transforms.meter import Meter
 
 T = TypeVar("T")
 
 _POLL_S = 0.2  # how soon the thread notices that its consumer has gone
 
 
-def read_ahead(items: Iterable[T], max_items: int) -> Iterator[T]:
+def read_ahead(items: Iterable[T], max_items: int, meter: Meter | None = None) -> Iterator[T]:
     """Yields `items`, made by a thread that is at most `max_items` ahead.
 
     Decoding releases the GIL, so it overlaps the model. An exception of the
     thread is raised here, in its place. When the consumer stops early, the thread
     stops too before this returns, so that nothing it reads is closed under it.
+
+    Args:
+        items: made in the thread.
+        max_items: how far ahead.
+        meter: observes at the end how long the consumer waited for items
+            (`wait_for_audio_msec`) and the thread for room (`wait_for_model_msec`).
     """
     made: queue.SimpleQueue[tuple[str, T | BaseException | None]] = queue.SimpleQueue()
     room = threading.Semaphore(max_items)
     abandoned = threading.Event()
     source = iter(items)
+    waited_for_room_s = waited_for_item_s = 0.0
 
     def produce() -> None:
+        nonlocal waited_for_room_s
         try:
             while True:
-                while not room.acquire(timeout=_POLL_S):
-                    if abandoned.is_set():
-                        return
+                if not room.acquire(blocking=False):
+                    started = time.monotonic()
+                    while not room.acquire(timeout=_POLL_S):
+                        if abandoned.is_set():
+                            return
+                    waited_for_room_s += time.monotonic() - started
                 if abandoned.is_set():
                     return
                 made.put(("item", next(source)))
@@ -45,7 +59,9 @@ def read_ahead(items: Iterable[T], max_items: int) -> Iterator[T]:
     thread.start()
     try:
         while True:
+            started = time.monotonic()
             kind, value = made.get()
+            waited_for_item_s += time.monotonic() - started
             room.release()
             if kind == "end":
                 return
@@ -56,3 +72,6 @@ def read_ahead(items: Iterable[T], max_items: int) -> Iterator[T]:
     finally:
         abandoned.set()
         thread.join()
+        if meter is not None:
+            meter.observe("wait_for_audio_msec", 1_000 * waited_for_item_s)
+            meter.observe("wait_for_model_msec", 1_000 * waited_for_room_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -12,6 +13,7 @@ from student.features import FRAME_SAMPLES, FeatureSpec
 from student.model import Student
 from transforms.chunk import cut_chunks
 from transforms.decode import AudioDecoder
+from transforms.meter import Meter
 from transforms.records import (
     Chunk,
     ClipEnd,
@@ -82,6 +84,7 @@ def score_clips(
     *,
     keep_chunks: bool = False,
     keep_embeddings: bool = False,
+    meter: Meter | None = None,
 ) -> Iterator[ScoredClip]:
     """Yields each clip with its scores, in order.
 
@@ -94,6 +97,7 @@ def score_clips(
         pool: a clip's score is the maximum or the mean over its chunks.
         keep_chunks: whether to keep the scores of every chunk.
         keep_embeddings: whether to compute embeddings, averaged over the chunks.
+        meter: counts chunks and observes each batch.
     """
     pooled = _Pooled(pool, keep_chunks)
     waiting: list[Chunk | ClipEnd] = []
@@ -102,15 +106,20 @@ def score_clips(
         waiting.append(event)
         chunks += isinstance(event, Chunk)
         if chunks == student.max_batch or len(waiting) - chunks >= _CLIPS_AT_ONCE:
-            yield from _score_waiting(waiting, student, pooled, keep_embeddings)
+            yield from _score_waiting(waiting, student, pooled, keep_embeddings, meter)
             waiting, chunks = [], 0
-    yield from _score_waiting(waiting, student, pooled, keep_embeddings)
+    yield from _score_waiting(waiting, student, pooled, keep_embeddings, meter)
 
 
 def _score_waiting(
-    waiting: list[Chunk | ClipEnd], student: Student, pooled: _Pooled, keep_embeddings: bool
+    waiting: list[Chunk | ClipEnd],
+    student: Student,
+    pooled: _Pooled,
+    keep_embeddings: bool,
+    meter: Meter | None,
 ) -> Iterator[ScoredClip]:
     waveforms = [event.waveform for event in waiting if isinstance(event, Chunk)]
+    started = time.perf_counter()
     embeddings: Iterator[NDArray[np.float32] | None]
     if not waveforms:
         scores, embeddings = iter(()), iter(())
@@ -119,6 +128,12 @@ def _score_waiting(
         scores, embeddings = iter(matrix), iter(vectors)
     else:
         scores, embeddings = iter(student.score(waveforms)), iter([None] * len(waveforms))
+    if meter is not None and waveforms:
+        latency_s = time.perf_counter() - started
+        meter.add("num_inferences", len(waveforms))
+        meter.observe("inference_batch_latency_micro_secs", 1e6 * latency_s)
+        meter.observe("inference_request_batch_size", len(waveforms))
+        meter.observe("inference_request_batch_byte_size", sum(w.nbytes for w in waveforms))
     for event in waiting:
         if isinstance(event, Chunk):
             pooled.add(event, next(scores), next(embeddings))

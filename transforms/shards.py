@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import posixpath
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -16,12 +19,26 @@ import pyarrow.parquet as pq
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from transforms.read import audio_column, count_tar_clips, is_audio, is_damage, open_file_system
+from transforms.meter import Meter
+from transforms.read import audio_column, count_tar_clips, is_audio, is_damage, open_shard
 from transforms.records import Shard
+from transforms.storage import (
+    CLOUD_STORAGE,
+    DEFAULT_ACCESS,
+    Access,
+    StorageError,
+    StoredFile,
+    find_cloud,
+    glob_cloud,
+    is_local,
+    list_cloud,
+    open_file_system,
+)
 
 FILES_PER_SHARD = 256
 PARQUET_SHARD_BYTES = 512 << 20  # of row groups; larger Parquet files are split
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_PACKED_SHARDS = 1_000
 
 
 class InputError(ValueError):
@@ -36,92 +53,154 @@ class Plan:
     ignored: Counter[str]  # files that are no audio, by suffix
 
 
-def plan_shards(patterns: Sequence[str], files_per_shard: int = FILES_PER_SHARD) -> Plan:
-    """The shards behind files, folders (walked recursively) and globs.
+def plan_shards(
+    patterns: Sequence[str],
+    files_per_shard: int = FILES_PER_SHARD,
+    access: Access = DEFAULT_ACCESS,
+    meter: Meter | None = None,
+) -> Plan:
+    """The shards of `find_shards`, as a list, and what was left out."""
+    ignored: Counter[str] = Counter()
+    found = list(find_shards(patterns, ignored, files_per_shard, access, meter))
+    return Plan(found, ignored)
+
+
+def find_shards(
+    patterns: Sequence[str],
+    ignored: Counter[str],
+    files_per_shard: int = FILES_PER_SHARD,
+    access: Access = DEFAULT_ACCESS,
+    meter: Meter | None = None,
+) -> Iterator[Shard]:
+    """Yields the shards behind files, folders (walked recursively) and globs.
+
+    Tars and Parquet files come as they are found, loose files at the end. One pattern in
+    Cloud Storage is listed once and held a page at a time, whatever it matches.
 
     Args:
         patterns: paths or URLs of any fsspec file system. A tar or a Parquet file
             is a shard (a large Parquet file several, by row groups). Audio files
             are grouped by the folder that was named, in sorted order.
+        ignored: receives the files that are no audio, by suffix.
         files_per_shard: audio files in one shard at most.
+        access: how remote storage is used.
+        meter: counts `list_retries`.
 
     Raises:
         InputError: a pattern matches nothing that earmark reads.
     """
-    shards: dict[str, Shard] = {}
+    several = len(patterns) > 1
+    seen: set[str] = set()  # ids, so that overlapping inputs give no shard twice
     loose: dict[str, dict[str, int]] = {}  # root -> relative path -> bytes
+    flushed: Counter[str] = Counter()  # root -> shards of loose files yielded already
     taken: set[str] = set()  # audio files, so that overlapping inputs give no file twice
-    ignored: Counter[str] = Counter()
     for pattern in patterns:
         if not pattern:
             raise InputError("an input is an empty string; is a shell variable unset?")
-        fs, path = _file_system(pattern)
+        fs, path = _file_system(pattern, access)
+        remote = not isinstance(fs, LocalFileSystem)
+        in_order = pattern.startswith(CLOUD_STORAGE) and not several
         passed_over: Counter[str] = Counter()
         found = 0
-        for root, file, size, named in _matches(fs, path, pattern):
-            uri = _uri(fs, file)
-            if file.lower().endswith(TAR_SUFFIXES):
-                shards[uri] = Shard(_id(uri), uri, "tar", size)
-            elif file.lower().endswith(".parquet"):
-                split = list(_parquet_shards(fs, file, uri, size, must_have_audio=named))
-                shards.update((shard.id, shard) for shard in split)
-                if not split:
+        for root, file, named in _matches(fs, path, pattern, access, meter):
+            uri = _uri(fs, file.path)
+            if file.path.lower().endswith(TAR_SUFFIXES):
+                whole = Shard(_id(uri), uri, "tar", file.size, checksum=file.checksum)
+                shards = [whole]
+            elif file.path.lower().endswith(".parquet"):
+                shards = list(_parquet_shards(file, uri, must_have_audio=named, access=access))
+                if not shards:
                     passed_over[".parquet without audio"] += 1
                     continue
-            elif named or is_audio(file):
-                if uri not in taken:
-                    taken.add(uri)
-                    relative = posixpath.relpath(file, root)
-                    loose.setdefault(_uri(fs, root), {})[relative] = size
+            elif named or is_audio(file.path):
+                shards = []
+                if not several or uri not in taken:
+                    if several:
+                        taken.add(uri)
+                    files = loose.setdefault(_uri(fs, root), {})
+                    files[posixpath.relpath(file.path, root)] = file.size
+                    if in_order and len(files) == files_per_shard:
+                        url = _uri(fs, root)
+                        yield _file_shard(url, flushed[url], loose.pop(url), remote)
+                        flushed[url] += 1
             else:
-                passed_over[posixpath.splitext(file)[1] or "no suffix"] += 1
+                passed_over[posixpath.splitext(file.path)[1] or "no suffix"] += 1
                 continue
             found += 1
+            for shard in shards:
+                if several and shard.id in seen:
+                    continue
+                seen.update([shard.id] if several else [])
+                yield shard
         if not found:
-            seen = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.most_common(5))
+            only = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.most_common(5))
             raise InputError(
                 f"{pattern!r} matches no tar, no Parquet with an audio column and no audio file"
-                + (f" (only {seen})" if seen else "")
+                + (f" (only {only})" if only else "")
                 + "; check the path, and quote globs so that the shell leaves them alone"
             )
         ignored += passed_over
-    planned = list(shards.values())
     for root in sorted(loose):
-        planned += _file_shards(root, loose[root], files_per_shard)
-    return Plan(planned, ignored)
+        files = sorted(loose[root].items())
+        for start in range(0, len(files), files_per_shard):
+            group = dict(files[start : start + files_per_shard])
+            yield _file_shard(root, flushed[root], group, not is_local(root))
+            flushed[root] += 1
 
 
-def limit_shards(shards: Iterable[Shard], max_clips: int) -> list[Shard]:
+def pack_shards(shards: Iterable[Shard]) -> Iterator[bytes]:
+    """Shards in packets of `_PACKED_SHARDS`, compressed.
+
+    Names in one listing are much alike: a million take about 20 MB so, in a job's
+    description and in memory, instead of some hundred.
+    """
+    left = iter(shards)
+    while packet := list(islice(left, _PACKED_SHARDS)):
+        text = json.dumps([list(vars(shard).values()) for shard in packet])
+        yield zlib.compress(text.encode(), 6)
+
+
+def unpack_shards(packet: bytes) -> Iterator[Shard]:
+    """The shards of one packet."""
+    for values in json.loads(zlib.decompress(packet)):
+        yield Shard(*(tuple(value) if isinstance(value, list) else value for value in values))
+
+
+def limit_shards(
+    shards: Iterable[Shard], max_clips: int, access: Access = DEFAULT_ACCESS
+) -> list[Shard]:
     """The first shards that together hold `max_clips` clips; the last one is cut short."""
     limited: list[Shard] = []
     left = max_clips
     for shard in shards:
         if left <= 0:
             break
-        clips = min(left, _count_clips(shard, left))
+        clips = min(left, _count_clips(shard, left, access))
         limited.append(dataclasses.replace(shard, max_clips=clips))
         left -= clips
     return limited
 
 
-def outdated(planned: Iterable[Shard], finished_ids: Iterable[str]) -> list[str]:
+def outdated(sources: set[str], not_planned: Iterable[str]) -> list[str]:
     """Finished shards of a folder or Parquet file that has been divided differently since.
 
     Their rows would stand beside those of the new division, some of them twice.
+
+    Args:
+        sources: `source_of` each planned shard.
+        not_planned: ids of finished shards that are not among the planned ones.
     """
-    planned_ids = {shard.id for shard in planned}
-    sources = {_source(shard_id) for shard_id in planned_ids}
-    return sorted(i for i in finished_ids if i not in planned_ids and _source(i) in sources)
+    return sorted(shard_id for shard_id in not_planned if source_of(shard_id) in sources)
 
 
-def _source(shard_id: str) -> str:
+def source_of(shard_id: str) -> str:
     """The part of an id that names the tar, Parquet file or folder."""
     return re.sub(r"(-rg\d{5}-\d{5}|-\d{5}-[0-9a-f]{12})$", "", shard_id)
 
 
-def _file_system(pattern: str) -> tuple[Any, str]:
+def _file_system(pattern: str, access: Access) -> tuple[Any, str]:
     try:
-        fs, path = open_file_system(pattern)
+        fs, path = open_file_system(pattern, access)
     except (ImportError, ValueError) as error:
         raise InputError(f"{pattern!r} cannot be opened: {error}") from error
     return fs, path.rstrip("/") or path
@@ -131,45 +210,92 @@ def _uri(fs: Any, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
 
 
-def _matches(fs: Any, path: str, pattern: str) -> Iterator[tuple[str, str, int, bool]]:
-    """Yields (root, file, bytes, whether the user named this kind of file), sorted."""
+def _matches(
+    fs: Any, path: str, pattern: str, access: Access, meter: Meter | None
+) -> Iterator[tuple[str, StoredFile, bool]]:
+    """Yields (root, file, whether the user named this kind of file), sorted."""
+    try:
+        if pattern.startswith(CLOUD_STORAGE):
+            yield from _cloud_matches(path, pattern, access, meter)
+        else:
+            yield from _fsspec_matches(fs, path, pattern)
+    except StorageError as error:
+        raise InputError(f"{pattern!r} cannot be listed: {error}") from error
+
+
+def _cloud_matches(
+    path: str, pattern: str, access: Access, meter: Meter | None
+) -> Iterator[tuple[str, StoredFile, bool]]:
+    # Tried in this order, because a name may hold a glob's marks.
+    if (file := find_cloud(path, access, meter)) is not None:
+        yield posixpath.dirname(path), file, True
+        return
+    found = False
+    for file in list_cloud(f"{path}/", access, meter=meter):
+        found = True
+        if not _is_hidden(file.path, path) and not file.path.endswith("/"):
+            yield path, file, False
+    if found:
+        return
+    if not _is_glob(path):
+        raise InputError(f"{pattern!r} does not exist")
+    root, named_suffix = _root_of_glob(path)
+    for file in glob_cloud(path, access, meter):
+        if not _is_hidden(file.path, root) and not file.path.endswith("/"):
+            yield root, file, file.path.endswith(named_suffix)
+
+
+def _fsspec_matches(fs: Any, path: str, pattern: str) -> Iterator[tuple[str, StoredFile, bool]]:
     try:
         info = fs.info(path)
     except FileNotFoundError:
-        if not any(mark in path for mark in "*?["):
+        if not _is_glob(path):
             raise InputError(f"{pattern!r} does not exist") from None
-        fixed = re.split(r"[*?\[]", path, maxsplit=1)[0]
-        root = posixpath.dirname(fixed)
-        suffix = posixpath.splitext(path)[1]
-        named_suffix = suffix if suffix and not any(mark in suffix for mark in "*?[]") else None
+        root, named_suffix = _root_of_glob(path)
         for match, details in sorted(fs.glob(path, detail=True).items()):
             if details["type"] == "directory":
                 yield from _walk(fs, match, root)
             else:
-                yield root, match, details["size"] or 0, match.endswith(named_suffix or "\0")
+                named = match.endswith(named_suffix)
+                yield root, StoredFile(match, details["size"] or 0), named
         return
     except OSError as error:
         raise InputError(f"{pattern!r} cannot be read: {error.strerror or error}") from error
     if info["type"] == "directory":
         yield from _walk(fs, path, path)
     else:
-        yield posixpath.dirname(path), path, info["size"] or 0, True
+        yield posixpath.dirname(path), StoredFile(path, info["size"] or 0), True
 
 
-def _walk(fs: Any, folder: str, root: str) -> Iterator[tuple[str, str, int, bool]]:
+def _is_glob(path: str) -> bool:
+    return any(mark in path for mark in "*?[")
+
+
+def _root_of_glob(path: str) -> tuple[str, str]:
+    """(the folder above the first mark, the suffix that the glob names, or one that no name has)."""
+    root = posixpath.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0])
+    suffix = posixpath.splitext(path)[1]
+    return root, suffix if suffix and not any(mark in suffix for mark in "*?[]") else "\0"
+
+
+def _walk(fs: Any, folder: str, root: str) -> Iterator[tuple[str, StoredFile, bool]]:
     for file, details in sorted(fs.find(folder, detail=True).items()):
-        hidden = any(part.startswith(".") for part in posixpath.relpath(file, folder).split("/"))
-        if not hidden:
-            yield root, file, details["size"] or 0, False
+        if not _is_hidden(file, folder):
+            yield root, StoredFile(file, details["size"] or 0), False
+
+
+def _is_hidden(file: str, folder: str) -> bool:
+    return any(part.startswith(".") for part in posixpath.relpath(file, folder).split("/"))
 
 
 def _parquet_shards(
-    fs: Any, file: str, uri: str, size: int, *, must_have_audio: bool
+    file: StoredFile, uri: str, *, must_have_audio: bool, access: Access
 ) -> Iterator[Shard]:
     """One shard, or several where the row groups are large; none where there is no audio."""
+    size = file.size
     whole = Shard(_id(uri), uri, "parquet", size)
     try:
-        with fs.open(file, "rb") as stream:
+        with open_shard(whole, access) as stream:
             parquet = pq.ParquetFile(stream)
             schema, footer = parquet.schema_arrow, parquet.metadata
     except (pa.ArrowException, OSError) as error:
@@ -200,23 +326,27 @@ def _parquet_shards(
                 id=f"{whole.id}-rg{first:05d}-{group + 1:05d}",
                 size_bytes=group_bytes,
                 row_groups=(first, group + 1),
+                file_sizes=(size,),
             )
             first, group_bytes = group + 1, 0
 
 
-def _file_shards(root: str, sizes: dict[str, int], files_per_shard: int) -> Iterator[Shard]:
-    files = sorted(sizes)
-    for number, start in enumerate(range(0, len(files), files_per_shard)):
-        group = tuple(files[start : start + files_per_shard])
-        shard_id = f"{_id(root)}-{number:05d}-{_hash(chr(0).join(group))}"
-        yield Shard(shard_id, root, "files", sum(sizes[file] for file in group), files=group)
+def _file_shard(root: str, number: int, sizes: dict[str, int], remote: bool) -> Shard:
+    files = tuple(sizes)
+    return Shard(
+        id=f"{_id(root)}-{number:05d}-{_hash(chr(0).join(files))}",
+        uri=root,
+        kind="files",
+        size_bytes=sum(sizes.values()),
+        files=files,
+        file_sizes=tuple(sizes.values()) if remote else (),
+    )
 
 
-def _count_clips(shard: Shard, enough: int) -> int:
+def _count_clips(shard: Shard, enough: int, access: Access) -> int:
     if shard.kind == "files":
         return len(shard.files)
-    fs, path = open_file_system(shard.uri)
-    with fs.open(path, "rb") as stream:
+    with open_shard(shard, access) as stream:
         if shard.kind == "tar":
             return count_tar_clips(stream, enough)
         try:

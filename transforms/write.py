@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import re
-import socket
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from student.labels import Label
+from transforms.output import Output
 from transforms.records import ScoredClip, Shard, as_text
 
 ScoreType = Literal["float32", "float16"]
 
 CLIPS_FOLDER = "clips"
 RUN_FILE = "run.json"
-PARTIAL_SUFFIX = ".partial"  # and a dot before: no reader of Parquet folders takes it for data
 RUN_KEY = b"earmark.run"  # Parquet key-value metadata: the run description, as in run.json
 SHARD_KEY = b"earmark.shard"  # Parquet key-value metadata: the ShardSummary
 
@@ -32,6 +28,8 @@ SHARD_KEY = b"earmark.shard"  # Parquet key-value metadata: the ShardSummary
 # 527 float32 scores), small enough to hold in memory.
 ROWS_PER_GROUP = 8_192
 BYTES_PER_GROUP = 64 << 20  # many tags, chunks or much metadata fill a group sooner
+
+_TAIL_BYTES = 128 << 10  # holds the footer of all but files of many row groups
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,13 @@ class ShardSummary:
     failures: Counter[str] = field(default_factory=Counter)  # "stage/type" -> clips
     tags: Counter[str] = field(default_factory=Counter)  # label name -> clips
 
-    def __add__(self, other: ShardSummary) -> ShardSummary:
-        return ShardSummary(
-            self.clips + other.clips,
-            self.failed + other.failed,
-            self.audio_s + other.audio_s,
-            self.failures + other.failures,
-            self.tags + other.tags,
-        )
+    def add(self, other: ShardSummary) -> None:
+        """Adds another shard's totals to these."""
+        self.clips += other.clips
+        self.failed += other.failed
+        self.audio_s += other.audio_s
+        self.failures.update(other.failures)
+        self.tags.update(other.tags)
 
 
 def clips_schema(labels: int, embedding_size: int, options: RowOptions) -> pa.Schema:
@@ -203,28 +200,35 @@ def _chunks_array(clips: Sequence[Any], kind: pa.ListType) -> pa.Array:
 def write_rows(
     rows: Iterable[Mapping[str, Any]],
     schema: pa.Schema,
-    destination: Path,
+    output: Output,
+    name: str,
     run: str,
     before_publishing: Callable[[], None] = lambda: None,
-) -> ShardSummary:
-    """Writes `rows` to `destination`, which appears complete or not at all.
+) -> tuple[ShardSummary, int]:
+    """Writes `rows` to `name` in `output`, which appears complete or not at all.
 
-    The rows go to a hidden file beside it, which is renamed when it is whole and on
-    disk. Two writers of one destination both succeed; the file
-    is one or the other, and both are the same.
+    Two writers of one name both succeed; the file is that of the first, and both
+    are the same.
 
     Args:
-        destination: `OUTPUT/clips/<shard_id>.parquet`.
+        rows: of `clip_row`.
+        schema: of `clips_schema`.
+        output: where.
+        name: `clips/<shard_id>.parquet`.
         run: the run description, JSON, for the file's metadata.
         before_publishing: called when the file is whole; what it raises stops it
             from being published.
+
+    Returns:
+        The shard's totals, and the bytes published (0 where another writer was first).
+
+    Raises:
+        OSError: the file cannot be written or published; then it is not there.
     """
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(destination)
     summary = ShardSummary()
-    try:
+    with output.scratch(name) as scratch:
         with (
-            partial.open("wb") as stream,
+            scratch.open("wb") as stream,
             pq.ParquetWriter(stream, schema, compression="zstd") as writer,
         ):
             group: list[Mapping[str, Any]] = []
@@ -241,20 +245,10 @@ def write_rows(
             writer.add_key_value_metadata(
                 {RUN_KEY: run.encode(), SHARD_KEY: json.dumps(vars(summary)).encode()}
             )
-            writer.close()
-            stream.flush()
-            os.fsync(stream.fileno())
         before_publishing()
-        os.replace(partial, destination)
-    finally:
-        partial.unlink(missing_ok=True)
-    return summary
-
-
-def partial_of(file: Path) -> Path:
-    """A hidden name beside `file` to write it under; it tells which process of which host."""
-    mark = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    return file.with_name(f".{file.stem}.{mark}{PARTIAL_SUFFIX}")
+        size = scratch.stat().st_size
+        published = output.publish(scratch, name)
+    return summary, size if published else 0
 
 
 def _held_bytes(row: Mapping[str, Any]) -> int:
@@ -273,40 +267,29 @@ def _count(summary: ShardSummary, row: Mapping[str, Any]) -> None:
     summary.tags.update(tag["name"] for tag in row["tags"] or ())
 
 
-def read_summary(file: Path) -> ShardSummary:
-    """The totals in a finished file's footer.
+def read_summary(output: Output, name: str) -> tuple[ShardSummary, str]:
+    """(totals, fingerprint of the making) in a finished file's footer.
 
     Raises:
         ValueError: the file is no finished output of earmark.
+        OSError: it cannot be read.
     """
     try:
-        metadata = pq.read_metadata(file).metadata or {}
+        metadata = _read_footer(output, name).metadata or {}
         stated = json.loads(metadata[SHARD_KEY])
+        making = json.loads(metadata[RUN_KEY])["fingerprint"]
     except (KeyError, ValueError, pa.ArrowException) as error:
         raise ValueError(
-            f"{file} is not a file that earmark finished; remove it and run again"
+            f"{output.uri}/{name} is not a file that earmark finished; remove it and run again"
         ) from error
     stated["failures"] = Counter(stated["failures"])
     stated["tags"] = Counter(stated["tags"])
-    return ShardSummary(**stated)
+    return ShardSummary(**stated), making
 
 
-def remove_abandoned(output: Path) -> None:
-    """Deletes the partial files of processes of this host that are gone."""
-    host = re.escape(socket.gethostname())
-    ours = re.compile(rf"\..*\.{host}\.(\d+)\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)}")
-    for folder in (output, output / CLIPS_FOLDER):
-        for partial in folder.glob(f".*{PARTIAL_SUFFIX}"):
-            mark = ours.fullmatch(partial.name)
-            if mark and not _is_running(int(mark.group(1))):
-                partial.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+def _read_footer(output: Output, name: str) -> pq.FileMetaData:
+    """A Parquet file's footer, in one request where it is not very large."""
+    tail = output.tail(name, _TAIL_BYTES)
+    if len(tail) >= 8 and int.from_bytes(tail[-8:-4], "little") + 8 > len(tail):
+        tail = output.tail(name, int.from_bytes(tail[-8:-4], "little") + 8)
+    return pq.read_metadata(io.BytesIO(tail))

@@ -1,0 +1,266 @@
+"""What stands beside the rows of an output: `run.json`, `labels.parquet`, `summary.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import __version__
+from pipeline.options import AnnotateOptions, UsageError
+from student.checkpoint import Checkpoint
+from student.labels import ancestors, audioset_ontology
+from transforms.decode import RESAMPLE_QUALITY
+from transforms.output import Output, publish_bytes, remove_output
+from transforms.records import Shard, as_text
+from transforms.shards import outdated
+from transforms.write import CLIPS_FOLDER, RUN_FILE, ShardSummary, read_summary
+
+LABELS_FILE = "labels.parquet"
+SUMMARY_FILE = "summary.json"
+
+_VERSIONS_OF = (
+    "torch", "transformers", "apache-beam", "pyarrow", "numpy", "av", "soundfile", "soxr"
+)  # fmt: skip
+_FOOTERS_AT_ONCE = 32  # a remote one is a round trip
+
+LABELS_SCHEMA = pa.schema(
+    [
+        ("index", pa.int16()),
+        ("mid", pa.string()),
+        ("name", pa.string()),
+        ("threshold", pa.float32()),
+        ("parents", pa.list_(pa.string())),
+        ("ancestors", pa.list_(pa.string())),
+    ]
+)
+
+
+def describe_run(
+    options: AnnotateOptions, checkpoint: Checkpoint, thresholds: tuple[float, ...], dtype: str
+) -> dict[str, Any]:
+    """What made an output: `run.json`, and the metadata of each of its files.
+
+    `scoring` is all that changes a row; its hash is the `fingerprint`, and one
+    output has one fingerprint.
+    """
+    scoring = {
+        "earmark": __version__,
+        "weights_sha256": checkpoint.weights_sha256,
+        "config_sha256": checkpoint.config_sha256,
+        "labels": _digest([asdict(label) for label in checkpoint.labels]),
+        "features": asdict(checkpoint.features),
+        "dtype": dtype,
+        "resample": f"soxr {RESAMPLE_QUALITY}",
+        "chunk_samples": checkpoint.features.chunk_samples,
+        "pool": options.pool,
+        "thresholds": _digest(thresholds) if len(set(thresholds)) > 1 else thresholds[0],
+        "top_k": options.top_k,
+        "score_type": options.score_type,
+        "chunks": options.chunks,
+        "embeddings": options.embeddings,
+        "limit": options.limit,
+    }
+    return {
+        "earmark": __version__,
+        "fingerprint": _digest(scoring),
+        "checkpoint": {
+            "name": as_text(checkpoint.name),
+            "weights_sha256": checkpoint.weights_sha256,
+            "labels": len(checkpoint.labels),
+            "thresholds": "option" if options.threshold is not None
+            else "file" if options.thresholds is not None
+            else "checkpoint" if checkpoint.has_own_thresholds else "default",
+        },
+        "scoring": scoring,
+        "thresholds": {label.name: t for label, t in zip(checkpoint.labels, thresholds, strict=True)},
+        "inputs": [as_text(pattern) for pattern in options.inputs],
+        "options": {
+            name: value
+            for name, value in asdict(options).items()
+            if name not in ("inputs", "output", "checkpoint", "overwrite")
+            and not name.startswith(("dry_run", "job_file", "detach"))
+        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS_OF},
+    }  # fmt: skip
+
+
+def labels_parquet(checkpoint: Checkpoint, thresholds: tuple[float, ...]) -> bytes:
+    """`labels.parquet`: what each index of `scores` means, with AudioSet's ontology above it."""
+    ontology = audioset_ontology()
+
+    def names(mids: tuple[str, ...]) -> list[str]:
+        return [ontology[mid].name for mid in mids]
+
+    rows = [
+        {
+            "index": label.index,
+            "mid": label.mid or None,
+            "name": label.name,
+            "threshold": threshold,
+            "parents": names(ontology[label.mid].parent_mids) if label.mid in ontology else [],
+            "ancestors": names(ancestors(label.mid)),
+        }
+        for label, threshold in zip(checkpoint.labels, thresholds, strict=True)
+    ]
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, LABELS_SCHEMA), file, compression="zstd")
+    return file.getvalue()
+
+
+def claim(output: Output, run: dict[str, Any], *, only_look: bool = False) -> str:
+    """Makes `output` this run's, or checks that it is of the same making; gives its `run.json`.
+
+    Args:
+        output: where.
+        run: of `describe_run`.
+        only_look: write nothing.
+
+    Raises:
+        UsageError: the output was made otherwise, or is not earmark's.
+    """
+    text = json.dumps(run, indent=2, ensure_ascii=False) + "\n"
+    claimed = output.read(RUN_FILE)
+    if claimed is None:
+        if next(output.names(CLIPS_FOLDER), None) is not None:
+            raise UsageError(
+                f"--output {output.uri!r} has a folder {CLIPS_FOLDER!r} that earmark did not make "
+                f"(there is no {RUN_FILE}); choose another --output"
+            )
+        if only_look:
+            return text
+        publish_bytes(output, RUN_FILE, text.encode(), replace=False)
+        claimed = output.read(RUN_FILE) or b""
+    try:
+        earlier = json.loads(claimed)["scoring"]
+        differences = [
+            f"{key} was {_shown(earlier.get(key))}, is {_shown(value)}"
+            for key, value in run["scoring"].items()
+            if earlier.get(key) != value
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{output.uri}/{RUN_FILE} is damaged; use --overwrite to start anew"
+        ) from error
+    if differences:
+        raise UsageError(
+            f"--output {output.uri!r} holds rows that were made otherwise: {'; '.join(differences)}. "
+            "One output holds one making: choose another --output, or start anew with --overwrite"
+        )
+    return claimed.decode("utf-8")
+
+
+def empty(output: Output) -> None:
+    """Removes what earmark put into `output`, and nothing else."""
+    if output.read(RUN_FILE) is not None:
+        # run.json last: until then an interrupted --overwrite is still recognised.
+        remove_output(output, CLIPS_FOLDER, (LABELS_FILE, SUMMARY_FILE, RUN_FILE))
+
+
+def write_labels(output: Output, checkpoint: Checkpoint, thresholds: tuple[float, ...]) -> None:
+    """Publishes `labels.parquet`, unless it is there."""
+    if output.read(LABELS_FILE) is None:
+        publish_bytes(output, LABELS_FILE, labels_parquet(checkpoint, thresholds))
+
+
+def finished_shards(output: Output) -> set[str]:
+    """The ids of the shards that have a file."""
+    names = output.names(CLIPS_FOLDER)
+    return {n.removesuffix(".parquet") for n in names if n.endswith(".parquet") and n[0] != "."}
+
+
+def refuse_other_divisions(
+    output: Output, planned: Callable[[], Iterable[Shard]], sources: set[str], left_over: set[str]
+) -> None:
+    """Refuses shards of a folder or Parquet file whose clips a finished file holds already.
+
+    Args:
+        output: where.
+        planned: gives the planned shards once more; called only where there is doubt.
+        sources: what the planned shards were divided from, `shards.source_of` each.
+        left_over: finished shards that were not planned.
+    """
+    doubtful = outdated(sources, left_over)
+    if not doubtful:
+        return
+    files = {(as_text(s.uri), as_text(file)) for s in planned() for file in s.files}
+    for shard_id in doubtful:
+        name = f"{CLIPS_FOLDER}/{shard_id}.parquet"
+        with output.open(name) as stream:
+            table = pq.read_table(stream, columns=["shard", "member"])
+        rows = zip(table["shard"].to_pylist(), table["member"].to_pylist(), strict=True)
+        if "-rg" in shard_id or not files.isdisjoint(rows):
+            raise UsageError(
+                f"{output.uri}/{name} is finished, but its input is divided "
+                "otherwise by now (files were added or removed, or --files-per-shard is another): clips "
+                "would be in the table twice; "
+                "use --overwrite to start anew, or another --output"
+            )
+
+
+def sum_up(
+    output: Output, finished_before: set[str], wall_s: float, metrics: dict[str, Any]
+) -> tuple[ShardSummary, ShardSummary]:
+    """(totals of the output, those of this run): adds up all footers, and writes `summary.json`.
+
+    Raises:
+        ValueError: a file is damaged, or of another making than `run.json` says.
+    """
+    making = json.loads(output.read(RUN_FILE) or b"{}").get("fingerprint")
+    total, now = ShardSummary(), ShardSummary()
+    shards = sorted(finished_shards(output))
+    for shard_id, (summary, made) in zip(shards, _summaries(output, shards), strict=True):
+        if made != making:
+            raise ValueError(
+                f"{output.uri}/{CLIPS_FOLDER}/{shard_id}.parquet is of another making than {RUN_FILE}; "
+                "use --overwrite"
+            )
+        total.add(summary)
+        if shard_id not in finished_before:
+            now.add(summary)
+    failures: dict[str, dict[str, int]] = {}
+    for reason, count in total.failures.most_common():
+        stage, _, kind = reason.partition("/")
+        failures.setdefault(stage, {})[kind] = count
+    content = {
+        "clips": total.clips,
+        "tagged": total.clips - total.failed,
+        "failed": total.failed,
+        "failures": failures,
+        "audio_s": round(total.audio_s, 3),
+        "wall_s": round(wall_s, 3),
+        "clips_per_s": round(now.clips / wall_s, 3) if now.clips else 0.0,
+        "clips_this_run": now.clips,
+        "tags": dict(total.tags.most_common()),
+        "metrics": metrics,
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    publish_bytes(output, SUMMARY_FILE, text.encode())
+    return total, now
+
+
+def _summaries(output: Output, shards: list[str]) -> Iterator[tuple[ShardSummary, str]]:
+    names = [f"{CLIPS_FOLDER}/{shard_id}.parquet" for shard_id in shards]
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        for start in range(0, len(names), 1_024):  # so that no more wait in memory
+            yield from pool.map(
+                lambda name: read_summary(output, name), names[start : start + 1_024]
+            )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return f'{text[:13]}..."' if len(text) > 60 and isinstance(value, str) else text
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""What a worker counts while it annotates; the names are the metrics' names everywhere.
+
+Those that `RunInference` has too are named and measured as it does.
+docs/operations.md says what each tells.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+NAMESPACE = "earmark"
+
+COUNTERS = {
+    "shards": "shards whose file is published",
+    "clips": "clips that became rows",
+    "clips_failed": "clips whose row says why they have no scores",
+    "clips_failed_read": "of these, those that could not be read from their shard",
+    "clips_failed_decode": "of these, those that could not be decoded",
+    "audio_seconds": "seconds of audio scored, whole seconds a shard",
+    "bytes_read": "bytes of encoded audio",
+    "bytes_written": "bytes of published Parquet",
+    "num_inferences": "chunks that went through the model",
+    "batch_halvings": "batches cut in two because they did not fit the GPU's memory",
+    "shards_published_by_another": "files that another worker had published first",
+    "read_retries": "reads from remote storage that were tried again",
+    "write_retries": "writes to remote storage that were tried again",
+    "list_retries": "listings of remote storage that were tried again",
+}
+
+DISTRIBUTIONS = {
+    "inference_batch_latency_micro_secs": "microseconds a batch took, features and copies included",
+    "inference_request_batch_size": "chunks in a batch",
+    "inference_request_batch_byte_size": "bytes of the batch's waveforms",
+    "load_model_latency_milli_secs": "milliseconds to load the student",
+    "model_byte_size": "bytes of the student's weights",
+    "wait_for_audio_msec": "milliseconds a shard's model waited for decoded audio",
+    "wait_for_model_msec": "milliseconds a shard's decoder waited for the model",
+    "shard_msec": "milliseconds a shard took",
+}
+
+
+@dataclass
+class Meter:
+    """Counts of one worker, safe to fill from several threads.
+
+    Beam's own metrics can only be set by the thread that runs a DoFn, and
+    `student` and the plain steps know no Beam: they fill a meter, and the DoFn
+    empties it into Beam.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    values: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Adds to a counter of `COUNTERS`."""
+        if name not in COUNTERS:
+            raise KeyError(f"{name!r} is no counter of transforms.meter")
+        with self._lock:
+            self.counts[name] += count
+
+    def observe(self, name: str, value: float) -> None:
+        """Adds a value to a distribution of `DISTRIBUTIONS`."""
+        if name not in DISTRIBUTIONS:
+            raise KeyError(f"{name!r} is no distribution of transforms.meter")
+        with self._lock:
+            self.values[name].append(round(value))
+
+    def take(self) -> tuple[dict[str, int], dict[str, list[int]]]:
+        """(counts, values) since the last call."""
+        with self._lock:
+            taken = dict(self.counts), dict(self.values)
+            self.counts, self.values = Counter(), defaultdict(list)
+        return taken
