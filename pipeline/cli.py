@@ -128,7 +128,7 @@ def cli() -> None:
 @click.option(
     "--kms-key",
     metavar="K",
-    help="Cloud KMS key to encrypt the output with (projects/P/locations/L/keyRings/R/cryptoKeys/K).",
+    help="Cloud KMS key to encrypt the output with, by its full resource name.",
 )
 @click.option(
     "--gpu",
@@ -294,7 +294,7 @@ def _rehearse(job: Any, out: Any) -> None:
     from pathlib import Path
 
     from pipeline import display
-    from pipeline.run import rehearse
+    from pipeline.rehearse import rehearse
 
     rehearsal = rehearse(job)
     display.show_rehearsal(job, rehearsal, out)

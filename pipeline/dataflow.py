@@ -326,7 +326,7 @@ def job_description(root: beam.Pipeline, options: PipelineOptions) -> dict[str, 
     from apache_beam.runners.dataflow.internal import apiclient
     from google.protobuf import json_format
 
-    options.view_as(TestOptions).dry_run = True
+    options.view_as(TestOptions).dry_run = True  # makes a job, and sends nothing
     job = DataflowRunner().run_pipeline(root, options).job
     # As `apiclient.create_job_description` does it, less the upload.
     staged = job.google_cloud_options.staging_location

@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.dataflow import Places
-from pipeline.run import Job, Outcome, Rehearsal
+from pipeline.rehearse import Rehearsal
+from pipeline.run import Job, Outcome
 from student.labels import is_audioset
 from transforms.progress import Progress, read_progress
 from transforms.write import CLIPS_FOLDER

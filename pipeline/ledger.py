@@ -117,11 +117,12 @@ def labels_parquet(checkpoint: Checkpoint, thresholds: tuple[float, ...]) -> byt
     return file.getvalue()
 
 
-def claim(output: Output, run: dict[str, Any], *, only_look: bool = False) -> str:
+def claim(output: Output, name: str, run: dict[str, Any], *, only_look: bool = False) -> str:
     """Makes `output` this run's, or checks that it is of the same making; gives its `run.json`.
 
     Args:
         output: where.
+        name: what the user calls it.
         run: of `describe_run`.
         only_look: write nothing.
 
@@ -133,7 +134,7 @@ def claim(output: Output, run: dict[str, Any], *, only_look: bool = False) -> st
     if claimed is None:
         if next(output.names(CLIPS_FOLDER), None) is not None:
             raise UsageError(
-                f"--output {output.uri!r} has a folder {CLIPS_FOLDER!r} that earmark did not make "
+                f"--output {name!r} has a folder {CLIPS_FOLDER!r} that earmark did not make "
                 f"(there is no {RUN_FILE}); choose another --output"
             )
         if only_look:
@@ -153,7 +154,7 @@ def claim(output: Output, run: dict[str, Any], *, only_look: bool = False) -> st
         ) from error
     if differences:
         raise UsageError(
-            f"--output {output.uri!r} holds rows that were made otherwise: {'; '.join(differences)}. "
+            f"--output {name!r} holds rows that were made otherwise: {'; '.join(differences)}. "
             "One output holds one making: choose another --output, or start anew with --overwrite"
         )
     return claimed.decode("utf-8")

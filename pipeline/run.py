@@ -10,14 +10,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
 import grpc
-import numpy as np
 from apache_beam.options.pipeline_options import (
     DirectOptions,
     GoogleCloudOptions,
@@ -32,42 +31,19 @@ from apache_beam.options.pipeline_options import (
 from pipeline import dataflow, ledger
 from pipeline.image import ImageUnknown, image_versions
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
+from pipeline.plan import Todo, check_inputs, named_inputs, plan_inputs, shards_of
 from student.checkpoint import Checkpoint, CheckpointError, parse_thresholds, read_checkpoint
-from student.model import DeviceError, Student, choose_device, choose_dtype
+from student.model import DeviceError, choose_device, choose_dtype
 from transforms.annotate import AnnotateShards, Annotation, local_checkpoint
 from transforms.meter import NAMESPACE
-from transforms.output import LocalOutput, Output, check_writable, open_output, remove_abandoned
-from transforms.read import read_clips
-from transforms.records import ScoredClip, Shard
-from transforms.score import decode_clips, score_clips
-from transforms.shards import (
-    InputError,
-    find_shards,
-    limit_shards,
-    pack_shards,
-    source_of,
-    unpack_shards,
-)
+from transforms.output import LocalOutput, Output, open_output, remove_abandoned
+from transforms.records import Shard
+from transforms.shards import InputError, unpack_shards
 from transforms.storage import Access, is_local, read_all
-from transforms.write import CLIPS_FOLDER, RowOptions, ShardSummary, tags_of
+from transforms.write import CLIPS_FOLDER, RowOptions, ShardSummary
 
 _CLUSTERS = ("portable", "flink", "spark")  # runners whose workers may be other machines
 _JOB_SERVER_TIMEOUT_S = 60  # Beam's own 5 minutes are long for a mistyped address
-_TRIED_CLIPS = 8  # of the first shard, until one can be tagged, in a rehearsal
-
-
-@dataclass
-class Todo:
-    """The shards to annotate, packed, and what is known of them all."""
-
-    packets: list[bytes] = field(default_factory=list)  # of `pack_shards`
-    shards: int = 0
-    size_bytes: int = 0
-    max_clips: int | None = None  # where a limit says how many there will be
-
-    def __iter__(self) -> Iterator[Shard]:
-        for packet in self.packets:
-            yield from unpack_shards(packet)
 
 
 @dataclass(frozen=True)
@@ -122,17 +98,6 @@ class Outcome:
         return self.total.failed / self.total.clips if self.total.clips else 0.0
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """What a dry run found out."""
-
-    clip: ScoredClip | None  # the clip that was tagged here; None where there is none
-    tags: list[dict[str, Any]]
-    load_s: float
-    score_s: float
-    description: dict[str, Any] | None  # the job that Dataflow would get
-
-
 def annotate(root: beam.Pipeline, todo: Todo, annotation: Annotation) -> None:
     """The pipeline: shard descriptions in, a Parquet file each."""
     _ = (
@@ -155,7 +120,7 @@ def prepare(options: AnnotateOptions) -> Job:
     """
     if not options.output:
         raise UsageError("--output is empty; is a shell variable unset?")
-    beam_options = _beam_options(options.beam)
+    beam_options = _beam_options(options.beam, options.dry_run)
     remote = _runner_of(beam_options) == "dataflow"
     settings: list[dataflow.Setting] = []
     notes: list[str] = []
@@ -166,7 +131,7 @@ def prepare(options: AnnotateOptions) -> Job:
         else:
             _refuse_for_local(options)
             workers, notes = _choose_device(options, _runner_of(beam_options))
-        _pipeline(beam_options)  # Beam checks its options when a pipeline is made
+        empty_pipeline(beam_options)  # Beam checks its options when a pipeline is made
         checkpoint = _read_checkpoint(options.checkpoint, access)
         thresholds = _thresholds(options, checkpoint, access)
         output = open_output(options.output, access)
@@ -178,31 +143,31 @@ def prepare(options: AnnotateOptions) -> Job:
         raise UsageError(f"--output {options.output!r} cannot be used: {error}") from error
 
     run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype)
-    inputs = _inputs(options, access)
+    inputs = named_inputs(options, access)
     if remote:
         _refuse_local_inputs(inputs)
     try:
         if not options.overwrite:
-            ledger.claim(output, run, only_look=True)
+            ledger.claim(output, options.output, run, only_look=True)
         elif not options.dry_run:
             # Inputs first: an empty or misspelt one should not cost the old output.
-            _first_shard(inputs, options, access)
+            check_inputs(inputs, options, access)
             ledger.empty(output)
         if isinstance(output, LocalOutput):
             _remove_abandoned(output)
         starts_anew = options.overwrite and options.dry_run
         finished = set() if starts_anew else ledger.finished_shards(output)
-        planned = _plan(inputs, options, access, finished)
+        planned = plan_inputs(inputs, options, access, finished)
         ledger.refuse_other_divisions(
             output,
-            lambda: _find_shards(inputs, options, access, Counter()),
+            lambda: shards_of(inputs, options, access, Counter()),
             planned.sources,
             planned.left_over,
         )
         claimed = json.dumps(run)
         if not options.dry_run:
             # Only now: an input that cannot be used leaves no trace.
-            claimed = ledger.claim(output, run)
+            claimed = ledger.claim(output, options.output, run)
             ledger.write_labels(output, checkpoint, thresholds)
     except InputError as error:
         raise UsageError(str(error)) from error
@@ -213,55 +178,6 @@ def prepare(options: AnnotateOptions) -> Job:
         options, beam_options, checkpoint, thresholds, workers, settings, notes, planned.todo,
         planned.size_bytes, planned.ignored, finished, planned.skipped, output, access, claimed,
     )  # fmt: skip
-
-
-@dataclass
-class _Planned:
-    todo: Todo = field(default_factory=Todo)
-    size_bytes: int = 0
-    skipped: int = 0
-    ignored: Counter[str] = field(default_factory=Counter)
-    sources: set[str] = field(default_factory=set)  # of shards that could be divided otherwise
-    left_over: set[str] = field(default_factory=set)  # finished, and not among the planned
-
-
-def _plan(
-    inputs: tuple[str, ...], options: AnnotateOptions, access: Access, finished: set[str]
-) -> _Planned:
-    """Goes through the shards once; only packed ones stay in memory."""
-    planned = _Planned(left_over=set(finished))
-    limits: list[int | None] = []
-
-    def unfinished() -> Iterator[Shard]:
-        for shard in _find_shards(inputs, options, access, planned.ignored):
-            planned.size_bytes += shard.size_bytes
-            planned.left_over.discard(shard.id)
-            if shard.kind != "tar":
-                planned.sources.add(source_of(shard.id))
-            if shard.id in finished:
-                planned.skipped += 1
-                continue
-            planned.todo.shards += 1
-            planned.todo.size_bytes += shard.size_bytes
-            limits.append(shard.max_clips) if options.limit is not None else None
-            yield shard
-
-    planned.todo.packets.extend(pack_shards(unfinished()))
-    if options.limit is not None:
-        planned.todo.max_clips = sum(limit or 0 for limit in limits)
-    return planned
-
-
-def _find_shards(
-    inputs: tuple[str, ...], options: AnnotateOptions, access: Access, ignored: Counter[str]
-) -> Iterator[Shard]:
-    found = find_shards(inputs, ignored, options.files_per_shard, access)
-    return iter(limit_shards(found, options.limit, access)) if options.limit else found
-
-
-def _first_shard(inputs: tuple[str, ...], options: AnnotateOptions, access: Access) -> None:
-    with closing(find_shards(inputs, Counter(), options.files_per_shard, access)) as found:
-        next(found, None)
 
 
 def execute(
@@ -287,8 +203,8 @@ def execute(
     metrics: dict[str, Any] = {}
     if job.todo.shards:
         with tempfile.TemporaryDirectory(prefix="earmark-") as progress:
-            annotation = _annotation(job, None if job.on_dataflow else progress)
-            root = _pipeline(job.beam_options)
+            annotation = annotation_of(job, None if job.on_dataflow else progress)
+            root = empty_pipeline(job.beam_options)
             annotate(root, job.todo, annotation)
             if job.on_dataflow:
                 result = dataflow.submit(root)
@@ -354,61 +270,6 @@ class _LastError(logging.Handler):
         for line in record.getMessage().splitlines():
             if re.match(r"[\w.]+(Error|Exception|Refused|Killed): ", line):
                 self.line = line.strip()
-
-
-def rehearse(job: Job) -> Rehearsal:
-    """Does once, here, what the workers will do: writes to the output, loads the student, tags a clip.
-
-    What was written is removed again.
-
-    Raises:
-        UsageError: one of them does not work.
-    """
-    try:
-        check_writable(job.output)
-    except OSError as error:
-        raise UsageError(
-            f"--output {job.options.output!r} cannot be written: {error.strerror or error}"
-        ) from error
-    started = time.monotonic()
-    device = "auto" if job.on_dataflow else job.workers.device
-    dtype = "auto" if job.on_dataflow else job.workers.dtype
-    try:
-        student = Student.load(local_checkpoint(job.options.checkpoint, job.access), device, dtype)
-    except (CheckpointError, DeviceError) as error:
-        raise UsageError(str(error)) from error
-    load_s = time.monotonic() - started
-    started = time.monotonic()
-    clip = _tag_one(job, student)
-    score_s = time.monotonic() - started
-    tags = (
-        tags_of(clip.scores, student.labels, _row_options(job))
-        if clip is not None and clip.scores is not None
-        else []
-    )
-    described = None
-    if job.on_dataflow:
-        root = _pipeline(job.beam_options)
-        annotate(root, job.todo, _annotation(job, None))
-        described = dataflow.job_description(root, job.beam_options)
-    return Rehearsal(clip, tags, load_s, score_s, described)
-
-
-def _tag_one(job: Job, student: Student) -> ScoredClip | None:
-    """The first clip of the first shard that can be tagged, or the last that could not."""
-    found = None
-    shard = next(iter(job.todo), None)
-    if shard is None:
-        return None
-    try:
-        with closing(read_clips(shard, job.access)) as clips:
-            for _, clip in zip(range(_TRIED_CLIPS), clips, strict=False):
-                (found,) = score_clips(decode_clips([clip], student.features), student)
-                if found.scores is not None and np.isfinite(found.scores).all():
-                    break
-    except OSError as error:
-        raise UsageError(f"{shard.uri!r} cannot be read: {error.strerror or error}") from error
-    return found
 
 
 def metrics_of(result: Any) -> dict[str, Any]:
@@ -521,7 +382,7 @@ def _refuse_local_inputs(inputs: tuple[str, ...]) -> None:
 # ---------------------------------------------------------------------- Beam
 
 
-def _beam_options(given: tuple[str, ...]) -> PipelineOptions:
+def _beam_options(given: tuple[str, ...], dry_run: bool) -> PipelineOptions:
     options = PipelineOptions(list(given))
     if "runner" not in options.get_all_options(drop_default=True):
         options.view_as(StandardOptions).runner = DEFAULT_RUNNER
@@ -533,6 +394,7 @@ def _beam_options(given: tuple[str, ...]) -> PipelineOptions:
         options.view_as(PortableOptions).job_server_timeout = _JOB_SERVER_TIMEOUT_S
     if options.view_as(TestOptions).dry_run:
         raise UsageError("--dry_run is for Beam's own tests; use --dry-run")
+    options.view_as(TestOptions).dry_run = dry_run
     return options
 
 
@@ -542,7 +404,7 @@ def _runner_of(options: PipelineOptions) -> str:
     return runner.lower().removesuffix("runner")
 
 
-def _pipeline(options: PipelineOptions) -> beam.Pipeline:
+def empty_pipeline(options: PipelineOptions) -> beam.Pipeline:
     """An empty pipeline.
 
     Raises:
@@ -555,7 +417,8 @@ def _pipeline(options: PipelineOptions) -> beam.Pipeline:
         raise UsageError(f"Beam does not take these options: {lines}") from error
 
 
-def _annotation(job: Job, progress_folder: str | None) -> Annotation:
+def annotation_of(job: Job, progress_folder: str | None) -> Annotation:
+    """What the workers are told."""
     return Annotation(
         # By its whole path: workers run in folders of their own.
         checkpoint=str(job.checkpoint.directory)
@@ -566,7 +429,7 @@ def _annotation(job: Job, progress_folder: str | None) -> Annotation:
         device=job.workers.device,
         dtype=job.workers.dtype,
         pool=job.options.pool,
-        rows=_row_options(job),
+        rows=row_options(job),
         output=job.output.uri,
         run=job.run,
         access=job.access,
@@ -574,7 +437,8 @@ def _annotation(job: Job, progress_folder: str | None) -> Annotation:
     )
 
 
-def _row_options(job: Job) -> RowOptions:
+def row_options(job: Job) -> RowOptions:
+    """What of a scored clip goes into its row."""
     return RowOptions(
         thresholds=job.thresholds,
         top_k=job.options.top_k,
@@ -585,23 +449,6 @@ def _row_options(job: Job) -> RowOptions:
 
 
 # --------------------------------------------------------------------- inputs
-
-
-def _inputs(options: AnnotateOptions, access: Access) -> tuple[str, ...]:
-    """The inputs of the command line, and those that files name, one a line."""
-    inputs = list(options.inputs)
-    for file in options.inputs_from:
-        try:
-            text = read_all(file, access).decode("utf-8")
-        except (OSError, ValueError, ImportError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"--inputs-from {file!r} cannot be read: {reason}") from error
-        lines = [line.strip() for line in text.splitlines()]
-        named = [line for line in lines if line and not line.startswith("#")]
-        if not named:
-            raise UsageError(f"--inputs-from {file!r} names no input; expected one a line")
-        inputs += named
-    return tuple(inputs)
 
 
 def _read_checkpoint(checkpoint: str, access: Access) -> Checkpoint:

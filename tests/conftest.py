@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 from click.testing import CliRunner
+from google.auth.compute_engine import _metadata
 from numpy.typing import NDArray
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
@@ -132,6 +133,8 @@ def earmark(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     def run(env: Mapping[str, str], *arguments: object, code: int = 0) -> str:
         for name, value in env.items():
             monkeypatch.setenv(name, value)
+        if "GCE_METADATA_HOST" in env:  # which google-auth read when it was imported, once
+            monkeypatch.setattr(_metadata, "_GCE_METADATA_HOST", env["GCE_METADATA_HOST"])
         storage.forget_clients()
         command = [str(argument) for argument in arguments]
         if command[0] == "annotate" and "--checkpoint" not in command:

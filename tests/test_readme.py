@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from bench.stand_ins import CloudStorage
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BLOCK = re.compile(r"```console\n(.*?)```", flags=re.DOTALL)
 
 SCORE = re.compile(r"\b0\.\d\d\b")  # near-ties may change places on another processor
+# Of this place only: a registry of Google's is not asked here, and time is in a job's name.
+ELSEWHERE = re.compile(r"  not checked: the registry|  --job_name=")
 PROGRESS = re.compile(r"[\d,]+ clips, \d+/\d+ shards, ")  # the live line, now and then
 
 # What is not run here, and why.
@@ -30,18 +34,27 @@ EXIT_CODES = {
 }
 
 
-def test_readme_commands_give_the_output_that_it_shows(tmp_path):
+@pytest.fixture(autouse=True)
+def cloud():
+    """A stand-in of Cloud Storage, for the commands that name a bucket."""
+    with CloudStorage("my-bucket") as running:
+        yield running
+
+
+def test_readme_commands_give_the_output_that_it_shows(tmp_path, cloud):
     commands = 0
     for block in BLOCK.findall(README.read_text("utf-8")):
         for command, shown in transcript(block):
             if command in NOT_RUN:
                 continue
             commands += 1
-            actual = run(command, tmp_path)
+            actual = run(command, tmp_path, cloud)
             missing = [
                 line
                 for line in shown
-                if not SCORE.search(line) and comparable(line) not in comparable(actual)
+                if not SCORE.search(line)
+                and not ELSEWHERE.match(line)
+                and comparable(line) not in comparable(actual)
             ]
             assert not missing, f"$ {command}\n{actual}"
     assert commands >= 10
@@ -53,7 +66,18 @@ def test_make_demo_is_the_demo():
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "docs/schema.md", "bench/README.md"]
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/schema.md",
+        "docs/query.md",
+        "docs/beam.md",
+        "docs/runners.md",
+        "docs/operations.md",
+        "docs/reliability.md",
+        "bench/README.md",
+    ],
 )
 def test_links_inside_the_repository_lead_somewhere(name):
     file = ROOT / name
@@ -68,12 +92,15 @@ def transcript(block):
         yield command, [line for line in output.splitlines() if line.strip()]
 
 
-def run(command, folder):
+def run(command, folder, cloud):
     instead = INSTEAD.get(command, command)
+    if "gs://my-bucket" in command and not cloud.names("my-bucket", "shards/"):
+        for file in (folder / "demo" / "shards").iterdir():
+            cloud.put("my-bucket", f"shards/{file.name}", file.read_bytes())
     done = subprocess.run(
         shlex.split(instead),
         cwd=folder,
-        env=environment(folder),
+        env=environment(folder) | cloud.env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -98,7 +125,7 @@ def comparable(text):
 
 def rewrite():
     """Puts the real output under each command that shows one, all but the published student's."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, CloudStorage("my-bucket") as cloud:
         folder = Path(name)
 
         def real(block):
@@ -107,10 +134,12 @@ def rewrite():
                 lines.append(f"$ {command}")
                 if command in NOT_RUN:
                     continue
-                output = run(command, folder)
+                output = run(command, folder, cloud)
                 if "--checkpoint bookbot/" not in command:
                     lines += [
-                        line.rstrip() for line in output.splitlines() if not PROGRESS.match(line)
+                        line.rstrip()
+                        for line in output.splitlines()
+                        if not PROGRESS.match(line) and not line.startswith("  not checked:")
                     ]
             return "\n".join([*lines, "```"])
 

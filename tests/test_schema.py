@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.run import LABELS_SCHEMA
+from pipeline.ledger import LABELS_SCHEMA
 from transforms.write import RowOptions, clips_schema
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "schema.md"

@@ -223,20 +223,23 @@ class CloudOutput:
 
         retry = counted_retry("read_retries", self._meter)
 
-        def whole() -> bytes:
+        def whole() -> bytes | None:
             # The client takes an answer that is too short for the whole object where its
             # first try was cut off; so the checksum is compared once more here.
             blob = self._blob(name)
-            content = bytes(blob.download_as_bytes(retry=retry))
+            try:
+                content = bytes(blob.download_as_bytes(retry=retry))
+            except NotFound:
+                return None
             if blob.crc32c is not None and crc32c(content) != blob.crc32c:
                 raise ShortRead(f"{len(content)} bytes do not have its crc32c {blob.crc32c}")
             return content
 
         with self._explained(name):
-            try:
-                return bytes(patiently(whole, f"{self.uri}/{name}", "read_retries", self._meter))
-            except NotFound:
-                return None
+            content: bytes | None = patiently(
+                whole, f"{self.uri}/{name}", "read_retries", self._meter
+            )
+            return content
 
     def tail(self, name: str, size: int) -> bytes:
         """As `Output.tail`; one request, or two where the file is smaller than `size`."""

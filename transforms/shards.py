@@ -102,13 +102,20 @@ def find_shards(
         in_order = pattern.startswith(CLOUD_STORAGE) and not several
         passed_over: Counter[str] = Counter()
         found = 0
+        looked_at = False  # into a Parquet file that this pattern names
         for root, file, named in _matches(fs, path, pattern, access, meter):
             uri = _uri(fs, file.path)
             if file.path.lower().endswith(TAR_SUFFIXES):
-                whole = Shard(_id(uri), uri, "tar", file.size, checksum=file.checksum)
-                shards = [whole]
+                shards = [Shard(_id(uri), uri, "tar", file.size, checksum=file.checksum)]
             elif file.path.lower().endswith(".parquet"):
-                shards = list(_parquet_shards(file, uri, must_have_audio=named, access=access))
+                whole = Shard(_id(uri), uri, "parquet", file.size, checksum=file.checksum)
+                if remote and named and looked_at and file.size <= PARQUET_SHARD_BYTES:
+                    # A look costs a round trip or two. Where the user says `*.parquet`, one
+                    # tells whether it is audio that they mean.
+                    shards = [whole]
+                else:
+                    shards = list(_parquet_shards(whole, must_have_audio=named, access=access))
+                    looked_at = True
                 if not shards:
                     passed_over[".parquet without audio"] += 1
                     continue
@@ -288,12 +295,9 @@ def _is_hidden(file: str, folder: str) -> bool:
     return any(part.startswith(".") for part in posixpath.relpath(file, folder).split("/"))
 
 
-def _parquet_shards(
-    file: StoredFile, uri: str, *, must_have_audio: bool, access: Access
-) -> Iterator[Shard]:
+def _parquet_shards(whole: Shard, *, must_have_audio: bool, access: Access) -> Iterator[Shard]:
     """One shard, or several where the row groups are large; none where there is no audio."""
-    size = file.size
-    whole = Shard(_id(uri), uri, "parquet", size)
+    size = whole.size_bytes
     try:
         with open_shard(whole, access) as stream:
             parquet = pq.ParquetFile(stream)
@@ -307,7 +311,7 @@ def _parquet_shards(
         if must_have_audio:
             columns = ", ".join(f"{field.name}: {field.type}" for field in schema)[:300]
             raise InputError(
-                f"{uri!r} has no audio column: expected a struct<bytes, path> as Hugging Face "
+                f"{whole.uri!r} has no audio column: expected a struct<bytes, path> as Hugging Face "
                 f"stores audio, found {columns}"
             )
         return

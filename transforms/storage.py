@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import functools
 import hashlib
 import io
@@ -34,7 +35,7 @@ from transforms.meter import Meter
 
 CLOUD_STORAGE = ("gs://", "gcs://")
 
-MAX_TRIES = 8  # with the waits below, about a minute and a half
+MAX_TRIES = 8  # with the waits below, half a minute to a minute
 FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 30.0
 STALL_S = 30.0  # a connection that gives no byte for so long is given up
@@ -58,7 +59,15 @@ DEFAULT_ACCESS = Access()
 
 
 class StorageError(OSError):
-    """Storage cannot be reached or refuses; the message says what to do."""
+    """Storage cannot be reached or refuses; the message says what to do.
+
+    It has an errno, because an OSError without one is how pyarrow says that the
+    content of a file is damaged.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.EIO
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,15 @@ def read_all(url: str, access: Access = DEFAULT_ACCESS, meter: Meter | None = No
     if isinstance(fs, LocalFileSystem):
         with fs.open(path, "rb") as stream:
             return bytes(stream.read())
+    if url.startswith(CLOUD_STORAGE):
+        stored = find_cloud(path, access, meter)
+        if stored is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+        checksum = stored.checksum
+        with open_remote(
+            fs, path, stored.size, checksum=checksum, in_order=True, meter=meter
+        ) as stream:
+            return stream.read()
     return patiently(lambda: bytes(fs.cat_file(path)), url, "read_retries", meter)
 
 
@@ -229,8 +247,16 @@ class RemoteFile(io.RawIOBase):
 
         def one() -> None:
             nonlocal at
+            if self.closed:  # between two tries of a block that was fetched ahead
+                raise ValueError("nobody waits for this block any more")
             piece = self._fs.cat_file(self._path, start=at, end=end)
-            pieces.append(piece[: end - at])
+            if len(piece) > end - at:
+                if len(piece) != self._size:
+                    raise StorageError(
+                        f"{self._path}: asked for {end - at} bytes, {len(piece)} came"
+                    )
+                piece = piece[at:end]  # of a web server that knows no ranges
+            pieces.append(piece)
             at += len(pieces[-1])
             if at < end:
                 raise ShortRead(f"{end - at} of {end - start} bytes are missing")
@@ -268,11 +294,12 @@ def patiently(
     for number in range(1, MAX_TRIES + 1):
         try:
             return action()
-        except FileNotFoundError:
-            raise
         except Exception as error:
             if not is_passing(error):
-                if isinstance(error, OSError) or type(error).__name__ == "NotFound":
+                if type(error).__name__ == "NotFound":
+                    raise
+                if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
+                    error.errno = error.errno or errno.EIO  # see StorageError
                     raise
                 raise StorageError(explain(error, what)) from error
             if number == MAX_TRIES:
@@ -368,16 +395,20 @@ def cloud_client(billing_project: str | None = None) -> Any:
     """
     # The client would ask for each bucket's metadata once, for traces that nobody collects.
     os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-    import google.auth.exceptions
+    from google.auth.credentials import AnonymousCredentials
+    from google.auth.exceptions import GoogleAuthError
     from google.cloud import storage
     from requests.adapters import HTTPAdapter
 
     try:
-        try:
-            client = storage.Client(project=billing_project)
-        except OSError:  # credentials without a project; objects need none
-            client = storage.Client(project="none")
-    except google.auth.exceptions.DefaultCredentialsError as error:
+        if os.environ.get("STORAGE_EMULATOR_HOST"):
+            client = storage.Client(project="emulator", credentials=AnonymousCredentials())
+        else:
+            try:
+                client = storage.Client(project=billing_project)
+            except OSError:  # credentials without a project; objects need none
+                client = storage.Client(project="none")
+    except GoogleAuthError as error:
         raise StorageError(explain(error, "Cloud Storage")) from error
     for scheme in ("https://", "http://"):  # a connection for each thread that may ask
         client._http.mount(scheme, HTTPAdapter(pool_maxsize=64))
@@ -416,13 +447,13 @@ def list_cloud(
         path: bucket and prefix.
         access: who pays.
         folders: stop at the next `/`; what lies deeper comes as a path that ends in `/`
-            with size 0, after the objects.
+            with size 0, in its place among the objects.
         meter: counts `list_retries`.
 
     Raises:
         StorageError: the bucket is not there, or may not be listed.
     """
-    from google.api_core.exceptions import GoogleAPICallError, NotFound
+    from google.api_core.exceptions import GoogleAPICallError, NotFound, RetryError
     from google.auth.exceptions import GoogleAuthError
 
     bucket, prefix = cloud_bucket(path, access)
@@ -434,20 +465,21 @@ def list_cloud(
             fields="items(name,size,crc32c),prefixes,nextPageToken",
             retry=counted_retry("list_retries", meter),
         )
-        for blob in found:
-            yield StoredFile(f"{bucket.name}/{blob.name}", blob.size or 0, blob.crc32c)
-        for folder in sorted(found.prefixes):
-            yield StoredFile(f"{bucket.name}/{folder}", 0)
+        for page in found.pages:
+            names = f"{bucket.name}/"
+            files = [StoredFile(names + blob.name, blob.size or 0, blob.crc32c) for blob in page]
+            files += [StoredFile(names + folder, 0) for folder in page.prefixes]
+            yield from sorted(files, key=lambda file: file.path)
     except NotFound as error:
         raise StorageError(f"there is no bucket gs://{bucket.name}: check the spelling") from error
-    except (GoogleAPICallError, GoogleAuthError) as error:
+    except (GoogleAPICallError, RetryError, GoogleAuthError) as error:
         raise StorageError(explain(error, f"gs://{path}")) from error
 
 
 def glob_cloud(
     path: str, access: Access = DEFAULT_ACCESS, meter: Meter | None = None
 ) -> Iterator[StoredFile]:
-    """Objects that a glob matches, and those in the folders that it matches, sorted within each."""
+    """Objects that a glob matches, and those in the folders that it matches, sorted."""
     matches = re.compile(glob_translate(path)).match
     fixed = re.split(r"[*?\[]", path, maxsplit=1)[0]
     if "/" in path[len(fixed) :]:
@@ -467,7 +499,7 @@ def glob_cloud(
 
 def find_cloud(path: str, access: Access, meter: Meter | None = None) -> StoredFile | None:
     """One object, or None where there is none of exactly this name."""
-    from google.api_core.exceptions import GoogleAPICallError
+    from google.api_core.exceptions import GoogleAPICallError, RetryError
     from google.auth.exceptions import GoogleAuthError
 
     bucket, name = cloud_bucket(path, access)
@@ -475,7 +507,7 @@ def find_cloud(path: str, access: Access, meter: Meter | None = None) -> StoredF
         return None
     try:
         blob = bucket.get_blob(name, retry=counted_retry("list_retries", meter))
-    except (GoogleAPICallError, GoogleAuthError) as error:
+    except (GoogleAPICallError, RetryError, GoogleAuthError) as error:
         raise StorageError(explain(error, f"gs://{path}")) from error
     return blob and StoredFile(path, blob.size or 0, blob.crc32c)
 
@@ -497,21 +529,26 @@ def fetch_folder(
     Raises:
         OSError: the folder holds no such file, or cannot be read.
     """
+    url = url.rstrip("/")
     fs, path = open_file_system(url, access)
-    path = path.rstrip("/")
+    facts: dict[str, str] = {}  # a time, an ETag: new content may have the old size
     if url.startswith(CLOUD_STORAGE):
-        found = [file for file in list_cloud(f"{path}/", access, folders=True) if file.size]
+        listed = list_cloud(f"{path}/", access, folders=True)
+        found = [file for file in listed if not file.path.endswith("/")]
     else:
-        listed = patiently(lambda: fs.ls(path, detail=True), url, "list_retries")
-        found = [StoredFile(f["name"], f["size"]) for f in listed if f["type"] == "file"]
+        fs.invalidate_cache()
+        entries = patiently(lambda: fs.ls(path, detail=True), url, "list_retries")
+        found = [StoredFile(e["name"], e["size"]) for e in entries if e["type"] == "file"]
+        facts = {entry["name"]: repr(sorted(entry.items())) for entry in entries}
     wanted = sorted((f for f in found if f.path.endswith(suffixes)), key=lambda file: file.path)
     if not wanted:
         raise FileNotFoundError(f"{url!r} holds none of {', '.join(suffixes)}")
     if cache is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         cache = Path(home) / "earmark"
-    content = hashlib.sha256(repr((url, wanted)).encode()).hexdigest()[:16]
-    copy = cache / f"{posixpath.basename(path)}-{content}"
+    content = repr((url, [(file, facts.get(file.path)) for file in wanted]))
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    copy = cache / f"{posixpath.basename(path)}-{digest}"
     if copy.is_dir():
         return copy
     cache.mkdir(parents=True, exist_ok=True)

@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 
 from student.features import FRAME_SAMPLES, FeatureSpec
 from student.model import Student
+from transforms.annotate import local_checkpoint
 from transforms.chunk import cut_chunks
 from transforms.decode import SourceFacts
 from transforms.meter import NAMESPACE, Meter
 from transforms.records import Chunk, ClipEnd, ClipError, EncodedClip, ScoredClip
 from transforms.score import Pool, decode_clips, score_clips
+from transforms.storage import DEFAULT_ACCESS
 from transforms.write import RowOptions, tags_of
 
 Audio = bytes | NDArray[np.float32]
@@ -118,7 +120,8 @@ class TagClips(beam.PTransform):
     stage before it, and the runner would store or send all audio in between.
 
     Args:
-        checkpoint: `bundled`, a directory that every worker has, or a Hugging Face id.
+        checkpoint: `bundled`, a directory that every worker has, a URL (`gs://`), or a Hugging
+            Face id.
         device: `auto` (CUDA where a worker has it, else its CPU), `cpu`, `cuda` or
             `cuda:N`. A named device that a worker lacks is an error.
         dtype: what the model computes in; `auto` is float32 on a CPU.
@@ -219,7 +222,7 @@ class StudentModelHandler(ModelHandler[Audio, PredictionResult, Student]):
         inference_args: Mapping[str, Any] | None = None,
     ) -> list[PredictionResult]:
         """One `PredictionResult` for each example of the batch, in order."""
-        name = model.checkpoint.name
+        name = self._tagger.checkpoint
         return [PredictionResult(None, clip, name) for clip in self._tagger.tag(batch, model)]
 
     def get_num_bytes(self, batch: Sequence[Audio]) -> int:
@@ -270,7 +273,8 @@ class _Tagger:
                 raise ValueError(f"a threshold is {threshold}, expected 0 to 1")
 
     def load(self) -> Student:
-        student = Student.load(self.checkpoint, self.device, self.dtype)
+        checkpoint = local_checkpoint(self.checkpoint, DEFAULT_ACCESS)
+        student = Student.load(checkpoint, self.device, self.dtype)
         _per_label(self.thresholds, student)  # a wrong number of them is told before any clip
         return student
 

@@ -1,0 +1,97 @@
+"""What there is to do: from the inputs that the user names to the shards that have no file yet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from pipeline.options import AnnotateOptions, UsageError
+from transforms.records import Shard
+from transforms.shards import find_shards, limit_shards, pack_shards, source_of, unpack_shards
+from transforms.storage import Access, read_all
+
+
+@dataclass
+class Todo:
+    """The shards to annotate, packed, and what is known of them all."""
+
+    packets: list[bytes] = field(default_factory=list)  # of `pack_shards`
+    shards: int = 0
+    size_bytes: int = 0
+    max_clips: int | None = None  # where a limit says how many there will be
+
+    def __iter__(self) -> Iterator[Shard]:
+        for packet in self.packets:
+            yield from unpack_shards(packet)
+
+
+@dataclass
+class Planned:
+    """What going through the inputs once has shown."""
+
+    todo: Todo = field(default_factory=Todo)
+    size_bytes: int = 0
+    skipped: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    sources: set[str] = field(default_factory=set)  # of shards that could be divided otherwise
+    left_over: set[str] = field(default_factory=set)  # finished, and not among the planned
+
+
+def plan_inputs(
+    inputs: tuple[str, ...], options: AnnotateOptions, access: Access, finished: set[str]
+) -> Planned:
+    """Goes through the shards once; only packed ones stay in memory."""
+    planned = Planned(left_over=set(finished))
+    limits: list[int | None] = []
+
+    def unfinished() -> Iterator[Shard]:
+        for shard in shards_of(inputs, options, access, planned.ignored):
+            planned.size_bytes += shard.size_bytes
+            planned.left_over.discard(shard.id)
+            if shard.kind != "tar":
+                planned.sources.add(source_of(shard.id))
+            if shard.id in finished:
+                planned.skipped += 1
+                continue
+            planned.todo.shards += 1
+            planned.todo.size_bytes += shard.size_bytes
+            limits.append(shard.max_clips) if options.limit is not None else None
+            yield shard
+
+    planned.todo.packets.extend(pack_shards(unfinished()))
+    if options.limit is not None:
+        planned.todo.max_clips = sum(limit or 0 for limit in limits)
+    return planned
+
+
+def shards_of(
+    inputs: tuple[str, ...], options: AnnotateOptions, access: Access, ignored: Counter[str]
+) -> Iterator[Shard]:
+    """The shards of the inputs, up to the limit."""
+    found = find_shards(inputs, ignored, options.files_per_shard, access)
+    return iter(limit_shards(found, options.limit, access)) if options.limit else found
+
+
+def check_inputs(inputs: tuple[str, ...], options: AnnotateOptions, access: Access) -> None:
+    """Raises `InputError` unless there is at least one shard."""
+    with closing(find_shards(inputs, Counter(), options.files_per_shard, access)) as found:
+        next(found, None)
+
+
+def named_inputs(options: AnnotateOptions, access: Access) -> tuple[str, ...]:
+    """The inputs of the command line, and those that files name, one a line."""
+    inputs = list(options.inputs)
+    for file in options.inputs_from:
+        try:
+            text = read_all(file, access).decode("utf-8")
+        except (OSError, ValueError, ImportError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"--inputs-from {file!r} cannot be read: {reason}") from error
+        lines = [line.strip() for line in text.splitlines()]
+        named = [line for line in lines if line and not line.startswith("#")]
+        if not named:
+            raise UsageError(f"--inputs-from {file!r} names no input; expected one a line")
+        inputs += named
+    return tuple(inputs)
