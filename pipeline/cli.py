@@ -365,4 +365,12 @@ def main() -> None:
     # Threads of torch that wait should sleep: spinning, they take the cores from the decoder
     # beside them (and from every other process). Read when torch is loaded, so set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    cli(prog_name="earmark")
+    try:
+        cli(prog_name="earmark")
+    except SystemExit as ended:
+        if ended.code != EXIT_INTERRUPTED:
+            raise
+        # A thread may hang in a read for a while; Python would wait for it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_INTERRUPTED)

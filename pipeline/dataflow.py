@@ -6,6 +6,7 @@ that the user gives wins over each of them; deploy/README.md has the reasoning a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -37,6 +38,7 @@ IMAGE_TAG = f"{__version__}-py{PYTHON_VERSION}-beam{BEAM_VERSION}"
 
 _POLL_S = 10.0
 _LOOKS_FOR_ERROR = 5
+_UNANSWERED = 3  # questions in a row, each tried for minutes by Beam, until a job is out of sight
 _TERMINAL = ("DONE", "FAILED", "CANCELLED", "UPDATED", "DRAINED")
 
 
@@ -79,6 +81,7 @@ GPUS = {
 
 CPU_MACHINE, CPU_VCPUS = "n2-standard-8", 8
 CPU_THREADS = 2
+MPS_THREADS = 2
 MAX_THREADS = 32  # past it, threads of one Python process only wait for its lock
 
 
@@ -154,10 +157,10 @@ def choose_workers(gpu: str | None, dtype: str, options: PipelineOptions) -> Wor
         )
     if gpu is not None:
         kind, count = parse_gpu(gpu)
-        if by_hand is not None and by_hand[0] != kind:
+        if by_hand is not None and by_hand != (kind, count):
             raise UsageError(
-                f"--gpu {gpu} and the accelerator {by_hand[0]!r} that was given by hand contradict each "
-                "other: leave one out"
+                f"--gpu {gpu} and the accelerator {by_hand[0]}:{by_hand[1]} that was given by hand "
+                "contradict each other: leave one out"
             )
     else:
         assert by_hand is not None
@@ -215,10 +218,17 @@ def settings(
             Setting("dataflow_service_options",
                     f"worker_accelerator=type:{workers.gpu};count:{workers.count};{driver}",
                     "the GPU for the whole job: a resource hint on one step would cut read, decode, model and write apart"),
-            Setting("number_of_worker_harness_threads", str(min(vcpus, MAX_THREADS)),
-                    "shards in flight, each with a thread that decodes; they share the model and take turns on the GPU"),
         ]  # fmt: skip
-        if not _has_mps(options):
+        if _has_mps(options):
+            wanted.append(
+                Setting("number_of_worker_harness_threads", str(MPS_THREADS),
+                        "shards in flight in each process; with MPS there is one for each vCPU")
+            )  # fmt: skip
+        else:
+            wanted.append(
+                Setting("number_of_worker_harness_threads", str(min(vcpus, MAX_THREADS)),
+                        "shards in flight, each with a thread that decodes; they share the model and take turns on the GPU")
+            )  # fmt: skip
             wanted.append(
                 Setting("experiments", "no_use_multiple_sdk_containers",
                         "one process a machine: one CUDA context and one model a GPU, batches filled from all threads")
@@ -248,6 +258,12 @@ def refuse_contradictions(gpu: str | None, options: PipelineOptions) -> None:
             "use_nvidia_mps shares a GPU between processes, and no_use_multiple_sdk_containers leaves one "
             "process: leave one out"
         )
+    by_hand = _accelerator_by_hand(options)
+    if _has_mps(options) and by_hand is not None and by_hand[1] != 1:
+        raise UsageError(
+            f"use_nvidia_mps shares one GPU, and count is {by_hand[1]}: give a machine one GPU, or leave "
+            "use_nvidia_mps out"
+        )
     if with_gpu and ("enable_prime" in service or "enable_prime" in experiments):
         raise UsageError(
             "Dataflow Prime and GPUs of earmark's choice do not go together (Prime chooses machines "
@@ -258,16 +274,39 @@ def refuse_contradictions(gpu: str | None, options: PipelineOptions) -> None:
     machine = options.view_as(WorkerOptions).machine_type
     if gpu is not None and machine:
         kind, count = parse_gpu(gpu)
-        family = machine.partition("-")[0]
-        if kind != NO_GPU and family != GPUS[kind].machines[count][0].partition("-")[0]:
+        holds = accelerators_of(machine)
+        if kind == NO_GPU and holds:
             raise UsageError(
-                f"--machine_type {machine} cannot hold {kind}: expected one of the "
-                f"{GPUS[kind].machines[count][0].partition('-')[0].upper()} machines, such as "
-                f"{GPUS[kind].machines[count][0]}"
+                f"--machine_type {machine} comes with {holds[1]} {holds[0]}, and --gpu none leaves it idle: "
+                "leave one out"
+            )
+        fits = holds == (kind, count) if holds else machine.startswith("n1-") and "tesla" in kind
+        if kind == "nvidia-tesla-a100":
+            fits = holds == (kind, count)
+        if kind != NO_GPU and not fits:
+            what = f"comes with {holds[1]} {holds[0]}" if holds else "cannot hold it"
+            raise UsageError(
+                f"--machine_type {machine} and --gpu {gpu} do not fit: the machine {what}; for this GPU "
+                f"expected such as {GPUS[kind].machines[count][0]}"
             )
     image = options.view_as(WorkerOptions).sdk_container_image
     if image:
         refuse_other_versions(image, versions_of_tag(image))
+
+
+def accelerators_of(machine: str) -> tuple[str, int] | None:
+    """The (GPU, count) that a machine type comes with; None where it has none of its own.
+
+    Compute Engine's GPU machine types: https://cloud.google.com/compute/docs/gpus
+    """
+    if machine.startswith("g2-standard-"):
+        vcpus = int(machine.rpartition("-")[2])
+        return "nvidia-l4", {24: 2, 48: 4, 96: 8}.get(vcpus, 1)
+    for kind, gpu in GPUS.items():
+        for count, (known, _) in gpu.machines.items():
+            if known == machine and not machine.startswith("n1-"):
+                return kind, count
+    return None
 
 
 def refuse_other_versions(image: str, stated: dict[str, str]) -> None:
@@ -341,6 +380,43 @@ def job_description(root: beam.Pipeline, options: PipelineOptions) -> dict[str, 
     return described
 
 
+def name_of(output: str) -> str:
+    """What the name of every job on an output begins with; a time follows."""
+    slug = re.sub(r"[^a-z0-9]+", "-", output.removeprefix("gs://").lower()).strip("-")[:28]
+    return f"earmark-{slug}-{hashlib.sha256(output.rstrip('/').encode()).hexdigest()[:6]}"
+
+
+def refuse_second_job(output: str, options: PipelineOptions) -> None:
+    """Raises `UsageError` while another job is at work on `output`: it would do the same again.
+
+    Jobs are known by their names, which `name_of` begins. Where they cannot be listed, nobody
+    is stopped: the first to publish a shard's file wins all the same.
+    """
+    from apache_beam.runners.dataflow.internal import apiclient
+    from google.api_core.exceptions import GoogleAPICallError
+    from google.auth.exceptions import GoogleAuthError
+    from google.cloud import dataflow
+
+    cloud = options.view_as(GoogleCloudOptions)
+    request = dataflow.ListJobsRequest(
+        project_id=cloud.project,
+        location=cloud.region,
+        filter=dataflow.ListJobsRequest.Filter.ACTIVE,
+    )
+    try:
+        client = apiclient.DataflowApplicationClient(options)
+        for job in client._jobs_client.list_jobs(request=request):
+            ended = job.current_state.name.removeprefix("JOB_STATE_") in _TERMINAL
+            if job.name.startswith(f"{name_of(output)}-") and not ended:
+                places = Places(job.id, options)
+                raise UsageError(
+                    f"the job {job.id} is at work on {output} already: wait for it ({places.console}), or "
+                    f"cancel it with: {places.cancel}"
+                )
+    except (GoogleAPICallError, GoogleAuthError):
+        return
+
+
 def submit(root: beam.Pipeline) -> Any:
     """Submits a pipeline to Dataflow.
 
@@ -378,9 +454,9 @@ def wait(
         StoppedWatching: Ctrl-C; the job goes on.
     """
     places = Places(result.job_id(), options)
+    shown: Any = None
     try:
-        shown: Any = None
-        for state in _states(result):
+        for state in _states(result, places):
             seen = state, counters(result)
             if seen != shown:
                 show(*seen)
@@ -399,9 +475,25 @@ def wait(
         )
 
 
-def _states(result: Any) -> Iterator[str]:
+def _states(result: Any, places: Places) -> Iterator[str]:
+    from google.api_core.exceptions import GoogleAPICallError
+    from google.auth.exceptions import GoogleAuthError
+
+    unanswered = 0
     while True:
-        yield result.state
+        try:
+            state = result.state
+        except (GoogleAPICallError, GoogleAuthError, OSError) as error:
+            unanswered += 1
+            if unanswered >= _UNANSWERED:
+                raise JobFailed(
+                    f"Dataflow does not answer any more ({_sentence(str(error))}); the job "
+                    f"{places.job_id} may well go on: look at {places.console} before you start another. "
+                    f"Cancel it with: {places.cancel}"
+                ) from error
+        else:
+            unanswered = 0
+            yield state
         time.sleep(_POLL_S)
 
 
@@ -432,12 +524,13 @@ def counters(result: Any) -> dict[str, int]:
     """Earmark's counters of a job so far, those of all workers together; empty while there are none."""
     from apache_beam.metrics import MetricsFilter
     from google.api_core.exceptions import GoogleAPICallError
+    from google.auth.exceptions import GoogleAuthError
 
     from transforms.meter import NAMESPACE
 
     try:
         found = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))["counters"]
-    except GoogleAPICallError:  # the next look will tell
+    except (GoogleAPICallError, GoogleAuthError, OSError):  # the next look will tell
         return {}
     return {counter.key.metric.name: counter.result or 0 for counter in found}
 
@@ -488,9 +581,12 @@ def _sentence(text: str) -> str:
 def _machine(workers: Workers, options: PipelineOptions) -> tuple[str, int]:
     by_hand = options.view_as(WorkerOptions).machine_type
     if by_hand:
-        vcpus = re.search(r"-(\d+)$", by_hand)  # the last number of n1-standard-8 counts vCPUs
+        # n1-standard-8, or n1-custom-8-32768, whose last number is its memory.
+        vcpus = re.search(r"-custom-(\d+)-|-(\d+)$", by_hand)
         known = {machine for gpu in GPUS.values() for machine in gpu.machines.values()}
-        return by_hand, dict(known).get(by_hand, int(vcpus.group(1)) if vcpus else CPU_VCPUS)
+        return by_hand, dict(known).get(
+            by_hand, int(vcpus.group(1) or vcpus.group(2)) if vcpus else CPU_VCPUS
+        )
     if workers.gpu in GPUS:
         return GPUS[workers.gpu].machines[workers.count]
     if workers.gpu == NO_GPU:

@@ -55,6 +55,8 @@ def show_rehearsal(job: Job, rehearsal: Rehearsal, console: Console) -> None:
     """What a dry run found, and what would be done."""
     say = partial(console.print, highlight=False, soft_wrap=True)
     say(f"The output {escape(job.output.uri)} can be written.")
+    if rehearsal.left:
+        say(f"  {escape(rehearsal.left)}", style="yellow")
     clip = rehearsal.clip
     if clip is None:
         say("There is no clip to try: every shard is finished, or the first one is empty.")

@@ -11,7 +11,12 @@ import requests
 
 from pipeline.options import UsageError
 
-LABELS = {"earmark.python": "python", "earmark.beam": "beam", "earmark.version": "earmark"}
+LABELS = {
+    "earmark.python": "python",
+    "earmark.beam": "beam",
+    "earmark.version": "earmark",
+    "earmark.checkpoint": "checkpoint",
+}
 
 _ACCEPT = ", ".join(
     (
@@ -30,7 +35,7 @@ class ImageUnknown(RuntimeError):
 
 
 def image_versions(image: str) -> dict[str, str]:
-    """What an image's labels say of its `python`, `beam` and `earmark`.
+    """What an image's labels say of its `python`, `beam`, `earmark` and `checkpoint`.
 
     Raises:
         UsageError: the registry has no such image.

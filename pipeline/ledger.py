@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import platform
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from student.labels import ancestors, audioset_ontology
 from transforms.decode import RESAMPLE_QUALITY
 from transforms.output import Output, publish_bytes, remove_output
 from transforms.records import Shard, as_text
-from transforms.shards import outdated
+from transforms.shards import outdated, source_of
 from transforms.write import CLIPS_FOLDER, RUN_FILE, ShardSummary, read_summary
 
 LABELS_FILE = "labels.parquet"
@@ -72,6 +73,7 @@ def describe_run(
     }
     return {
         "earmark": __version__,
+        "id": uuid.uuid4().hex,  # of this beginning: --overwrite gives another, resuming does not
         "fingerprint": _digest(scoring),
         "checkpoint": {
             "name": as_text(checkpoint.name),
@@ -180,17 +182,20 @@ def finished_shards(output: Output) -> set[str]:
 
 
 def refuse_other_divisions(
-    output: Output, planned: Callable[[], Iterable[Shard]], sources: set[str], left_over: set[str]
+    output: Output, planned: Callable[[], Iterable[Shard]], divided: set[str], finished: set[str]
 ) -> None:
     """Refuses shards of a folder or Parquet file whose clips a finished file holds already.
 
     Args:
         output: where.
         planned: gives the planned shards once more; called only where there is doubt.
-        sources: what the planned shards were divided from, `shards.source_of` each.
-        left_over: finished shards that were not planned.
+        divided: ids of the planned shards of folders and Parquet files.
+        finished: ids of the shards that have a file.
+
+    Raises:
+        UsageError: rows would be, or are, in the table twice.
     """
-    doubtful = outdated(sources, left_over)
+    doubtful = outdated({source_of(shard_id) for shard_id in divided}, finished - divided)
     if not doubtful:
         return
     files = {(as_text(s.uri), as_text(file)) for s in planned() for file in s.files}
@@ -244,9 +249,20 @@ def sum_up(
         "tags": dict(total.tags.most_common()),
         "metrics": metrics,
     }
+    if not now.clips and _says(output, total):
+        return total, now  # the last run that did something is still what it tells of
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     publish_bytes(output, SUMMARY_FILE, text.encode())
     return total, now
+
+
+def _says(output: Output, total: ShardSummary) -> bool:
+    """Whether `summary.json` has these totals already."""
+    try:
+        stated = json.loads(output.read(SUMMARY_FILE) or b"{}")
+        return (stated["clips"], stated["failed"]) == (total.clips, total.failed)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _summaries(output: Output, shards: list[str]) -> Iterator[tuple[ShardSummary, str]]:

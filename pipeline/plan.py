@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pipeline.options import AnnotateOptions, UsageError
+from transforms.meter import Meter
 from transforms.records import Shard
-from transforms.shards import find_shards, limit_shards, pack_shards, source_of, unpack_shards
-from transforms.storage import Access, read_all
+from transforms.shards import find_shards, limit_shards, pack_shards, unpack_shards
+from transforms.storage import Access, is_local, read_all
 
 
 @dataclass
@@ -35,23 +36,25 @@ class Planned:
     size_bytes: int = 0
     skipped: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
-    sources: set[str] = field(default_factory=set)  # of shards that could be divided otherwise
-    left_over: set[str] = field(default_factory=set)  # finished, and not among the planned
+    divided: set[str] = field(default_factory=set)  # ids of shards that are parts of something
 
 
 def plan_inputs(
-    inputs: tuple[str, ...], options: AnnotateOptions, access: Access, finished: set[str]
+    inputs: tuple[str, ...],
+    options: AnnotateOptions,
+    access: Access,
+    finished: set[str],
+    meter: Meter,
 ) -> Planned:
     """Goes through the shards once; only packed ones stay in memory."""
-    planned = Planned(left_over=set(finished))
+    planned = Planned()
     limits: list[int | None] = []
 
     def unfinished() -> Iterator[Shard]:
-        for shard in shards_of(inputs, options, access, planned.ignored):
+        for shard in shards_of(inputs, options, access, planned.ignored, meter):
             planned.size_bytes += shard.size_bytes
-            planned.left_over.discard(shard.id)
             if shard.kind != "tar":
-                planned.sources.add(source_of(shard.id))
+                planned.divided.add(shard.id)
             if shard.id in finished:
                 planned.skipped += 1
                 continue
@@ -67,17 +70,18 @@ def plan_inputs(
 
 
 def shards_of(
-    inputs: tuple[str, ...], options: AnnotateOptions, access: Access, ignored: Counter[str]
+    inputs: tuple[str, ...],
+    options: AnnotateOptions,
+    access: Access,
+    ignored: Counter[str],
+    meter: Meter | None = None,
 ) -> Iterator[Shard]:
     """The shards of the inputs, up to the limit."""
-    found = find_shards(inputs, ignored, options.files_per_shard, access)
+    leave_out = options.output
+    if is_local(leave_out):
+        leave_out = str(Path(leave_out).absolute())
+    found = find_shards(inputs, ignored, options.files_per_shard, access, meter, leave_out)
     return iter(limit_shards(found, options.limit, access)) if options.limit else found
-
-
-def check_inputs(inputs: tuple[str, ...], options: AnnotateOptions, access: Access) -> None:
-    """Raises `InputError` unless there is at least one shard."""
-    with closing(find_shards(inputs, Counter(), options.files_per_shard, access)) as found:
-        next(found, None)
 
 
 def named_inputs(options: AnnotateOptions, access: Access) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ _TRIED_CLIPS = 8  # of the first shard, until one can be tagged
 class Rehearsal:
     """What a dry run found out."""
 
+    left: str | None  # what was written to try it and could not be removed again
     clip: ScoredClip | None  # the clip that was tagged here; None where there is none
     tags: list[dict[str, Any]]
     load_s: float
@@ -44,7 +45,7 @@ def rehearse(job: Job) -> Rehearsal:
         UsageError: one of them does not work.
     """
     try:
-        check_writable(job.output)
+        left = check_writable(job.output)
     except OSError as error:
         raise UsageError(
             f"--output {job.options.output!r} cannot be written: {error.strerror or error}"
@@ -70,7 +71,7 @@ def rehearse(job: Job) -> Rehearsal:
         root = empty_pipeline(job.beam_options)
         annotate(root, job.todo, annotation_of(job, None))
         described = dataflow.job_description(root, job.beam_options)
-    return Rehearsal(clip, tags, load_s, score_s, described)
+    return Rehearsal(left, clip, tags, load_s, score_s, described)
 
 
 def _tag_one(job: Job, student: Student) -> ScoredClip | None:

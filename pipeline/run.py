@@ -28,19 +28,22 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from pipeline import dataflow, ledger
+from pipeline import __version__, dataflow, ledger
 from pipeline.image import ImageUnknown, image_versions
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
-from pipeline.plan import Todo, check_inputs, named_inputs, plan_inputs, shards_of
+from pipeline.plan import Todo, named_inputs, plan_inputs, shards_of
+from student import BUNDLED
 from student.checkpoint import Checkpoint, CheckpointError, parse_thresholds, read_checkpoint
 from student.model import DeviceError, choose_device, choose_dtype
 from transforms.annotate import AnnotateShards, Annotation, local_checkpoint
-from transforms.meter import NAMESPACE
+from transforms.meter import NAMESPACE, Meter
 from transforms.output import LocalOutput, Output, open_output, remove_abandoned
 from transforms.records import Shard
 from transforms.shards import InputError, unpack_shards
-from transforms.storage import Access, is_local, read_all
+from transforms.storage import CLOUD_STORAGE, Access, is_local, read_all
 from transforms.write import CLIPS_FOLDER, RowOptions, ShardSummary
+
+logger = logging.getLogger(__name__)
 
 _CLUSTERS = ("portable", "flink", "spark")  # runners whose workers may be other machines
 _JOB_SERVER_TIMEOUT_S = 60  # Beam's own 5 minutes are long for a mistyped address
@@ -64,7 +67,10 @@ class Job:
     skipped: int  # shards of the inputs that an earlier run finished
     output: Output
     access: Access
+    meter: Meter  # what this machine counts, beside the workers
     run: str  # what run.json says
+    divided: set[str]  # ids of the shards that are parts of a folder or a Parquet file
+    planned_again: Callable[[], Iterator[Shard]]
 
     @property
     def shards(self) -> int:
@@ -102,10 +108,16 @@ def annotate(root: beam.Pipeline, todo: Todo, annotation: Annotation) -> None:
     """The pipeline: shard descriptions in, a Parquet file each."""
     _ = (
         root
-        | "PackedShards" >> beam.Create(todo.packets, reshuffle=False)
-        | "UnpackShards" >> beam.FlatMap(unpack_shards).with_output_types(Shard)
+        | beam.Impulse()
+        # Not beam.Create, which would have the packets in the job's description three times.
+        | "UnpackShards" >> beam.FlatMap(_unpack, todo.packets).with_output_types(Shard)
         | AnnotateShards(annotation)
     )
+
+
+def _unpack(_: bytes, packets: list[bytes]) -> Iterator[Shard]:
+    for packet in packets:
+        yield from unpack_shards(packet)
 
 
 def prepare(options: AnnotateOptions) -> Job:
@@ -124,7 +136,16 @@ def prepare(options: AnnotateOptions) -> Job:
     remote = _runner_of(beam_options) == "dataflow"
     settings: list[dataflow.Setting] = []
     notes: list[str] = []
-    access = Access(options.billing_project, options.kms_key)
+    urls = (options.output, *options.inputs, *options.inputs_from, options.checkpoint)
+    if (options.kms_key or options.billing_project) and not any(
+        url.startswith(CLOUD_STORAGE) for url in urls
+    ):
+        raise UsageError("--kms-key and --billing-project are for gs://, and nothing here is there")
+    if options.kms_key and not options.output.startswith(CLOUD_STORAGE):
+        raise UsageError(
+            f"--kms-key is for an output in gs://, and {options.output!r} is not there"
+        )
+    access, meter = Access(options.billing_project, options.kms_key), Meter()
     try:
         if remote:
             workers, settings, notes = _prepare_dataflow(options, beam_options)
@@ -134,7 +155,7 @@ def prepare(options: AnnotateOptions) -> Job:
         empty_pipeline(beam_options)  # Beam checks its options when a pipeline is made
         checkpoint = _read_checkpoint(options.checkpoint, access)
         thresholds = _thresholds(options, checkpoint, access)
-        output = open_output(options.output, access)
+        output = open_output(options.output, access, meter)
     except (CheckpointError, DeviceError) as error:
         raise UsageError(str(error)) from error
     except (ImportError, ValueError) as error:
@@ -146,24 +167,23 @@ def prepare(options: AnnotateOptions) -> Job:
     inputs = named_inputs(options, access)
     if remote:
         _refuse_local_inputs(inputs)
+
+    def planned_again() -> Iterator[Shard]:
+        return shards_of(inputs, options, access, Counter())
+
     try:
-        if not options.overwrite:
-            ledger.claim(output, options.output, run, only_look=True)
-        elif not options.dry_run:
-            # Inputs first: an empty or misspelt one should not cost the old output.
-            check_inputs(inputs, options, access)
-            ledger.empty(output)
         if isinstance(output, LocalOutput):
             _remove_abandoned(output)
-        starts_anew = options.overwrite and options.dry_run
-        finished = set() if starts_anew else ledger.finished_shards(output)
-        planned = plan_inputs(inputs, options, access, finished)
-        ledger.refuse_other_divisions(
-            output,
-            lambda: shards_of(inputs, options, access, Counter()),
-            planned.sources,
-            planned.left_over,
-        )
+        if options.overwrite:
+            # Planned before the old output goes: a misspelt input should not cost it.
+            finished: set[str] = set()
+        else:
+            ledger.claim(output, options.output, run, only_look=True)
+            finished = ledger.finished_shards(output)
+        planned = plan_inputs(inputs, options, access, finished, meter)
+        ledger.refuse_other_divisions(output, planned_again, planned.divided, finished)
+        if options.overwrite and not options.dry_run:
+            ledger.empty(output)
         claimed = json.dumps(run)
         if not options.dry_run:
             # Only now: an input that cannot be used leaves no trace.
@@ -176,7 +196,7 @@ def prepare(options: AnnotateOptions) -> Job:
         raise UsageError(f"--output {options.output!r} cannot be written: {reason}") from error
     return Job(
         options, beam_options, checkpoint, thresholds, workers, settings, notes, planned.todo,
-        planned.size_bytes, planned.ignored, finished, planned.skipped, output, access, claimed,
+        planned.size_bytes, planned.ignored, finished, planned.skipped, output, access, meter, claimed, planned.divided, planned_again,
     )  # fmt: skip
 
 
@@ -201,12 +221,15 @@ def execute(
     """
     started = time.monotonic()
     metrics: dict[str, Any] = {}
+    seen, _ = job.meter.take()
     if job.todo.shards:
         with tempfile.TemporaryDirectory(prefix="earmark-") as progress:
             annotation = annotation_of(job, None if job.on_dataflow else progress)
             root = empty_pipeline(job.beam_options)
             annotate(root, job.todo, annotation)
             if job.on_dataflow:
+                if job.template is None:
+                    dataflow.refuse_second_job(job.options.output, job.beam_options)
                 result = dataflow.submit(root)
                 if not result.has_job:  # --template_location: there is a file, and no job
                     return None
@@ -218,7 +241,7 @@ def execute(
                 with watch(job, Path(progress)), _causes(job.beam_options):
                     result = root.run()
                     result.wait_until_finish()
-            metrics = metrics_of(result)
+            metrics = metrics_of(result, seen)
     wall_s = time.monotonic() - started
     if isinstance(job.output, LocalOutput):
         _remove_abandoned(job.output)
@@ -227,9 +250,11 @@ def execute(
     missing = sum(shard.id not in published for shard in job.todo)
     if missing:
         raise dataflow.JobFailed(
-            f"the job ended, but {missing:,} of its {job.todo.shards:,} shards have no file in "
+            f"the job ended, but {missing:,} of {job.todo.shards:,} shards have no file in "
             f"{job.output.uri}; run the same command again to make them"
         )
+    # Another run may have divided the same folder otherwise in the meantime.
+    ledger.refuse_other_divisions(job.output, job.planned_again, job.divided, published)
     return Outcome(total, job.todo.shards, now.clips, now.audio_s, wall_s)
 
 
@@ -272,15 +297,22 @@ class _LastError(logging.Handler):
                 self.line = line.strip()
 
 
-def metrics_of(result: Any) -> dict[str, Any]:
-    """Earmark's metrics of a finished job: counters, and of each distribution how many, sum, ends."""
+def metrics_of(result: Any, here: dict[str, int]) -> dict[str, Any]:
+    """Earmark's metrics of a finished job: counters, and of each distribution how many, sum, ends.
+
+    Args:
+        result: of a pipeline.
+        here: what this machine counted before the job, to be added.
+    """
     from apache_beam.metrics import MetricsFilter
 
     try:
         found = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))
-    except (NotImplementedError, AttributeError):  # a runner that has none
-        return {}
-    counters = {c.key.metric.name: c.result for c in found["counters"]}
+    except Exception as error:  # a runner that has none, or a service that does not answer
+        logger.info("no metrics: %s", error)
+        return dict(here)
+    counters = Counter({c.key.metric.name: c.result for c in found["counters"]})
+    counters.update(here)
     distributions = {
         d.key.metric.name: {
             "count": d.result.count,
@@ -326,16 +358,28 @@ def _prepare_dataflow(
             "see: copy it to gs://, or name one of the Hugging Face Hub that is in the image"
         )
     workers = dataflow.choose_workers(options.gpu, options.dtype, beam_options)
-    slug = re.sub(r"[^a-z0-9]+", "-", options.output.removeprefix("gs://").lower()).strip("-")[:36]
-    job_name = f"earmark-{slug}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    began = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    job_name = f"{dataflow.name_of(options.output)}-{began}"
     settings = dataflow.settings(workers, options.output, job_name, beam_options)
     dataflow.apply(settings, beam_options)
     image = beam_options.view_as(WorkerOptions).sdk_container_image
     try:
-        dataflow.refuse_other_versions(image, image_versions(image))
+        inside = image_versions(image)
+        _refuse_other_student(options.checkpoint, inside.pop("checkpoint", None), image)
+        dataflow.refuse_other_versions(image, inside)
     except ImageUnknown as error:
         notes.append(f"not checked: {error}")
     return workers, settings, notes
+
+
+def _refuse_other_student(checkpoint: str, baked: str | None, image: str) -> None:
+    """Workers start without a network, so a checkpoint of the Hub must be in the image."""
+    if baked is None or checkpoint in (BUNDLED, baked) or not is_local(checkpoint):
+        return
+    raise UsageError(
+        f"the image {image} carries the student {baked!r}, not {checkpoint!r}, and workers fetch none: "
+        f"build it with CHECKPOINT={checkpoint}, or give a copy in gs:// as --checkpoint"
+    )
 
 
 def _choose_device(options: AnnotateOptions, runner: str) -> tuple[dataflow.Workers, list[str]]:
@@ -432,6 +476,7 @@ def annotation_of(job: Job, progress_folder: str | None) -> Annotation:
         rows=row_options(job),
         output=job.output.uri,
         run=job.run,
+        versions=(("earmark-audio", __version__), ("apache-beam", beam.__version__)),
         access=job.access,
         progress_folder=progress_folder,
     )

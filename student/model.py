@@ -44,7 +44,6 @@ class Student:
         device: where the model runs.
         dtype: what it computes in; features and scores are float32 always.
         max_batch: chunks that go through the model at once.
-        batch_halvings: how often a batch was cut in two for want of GPU memory.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Student:
         self._log_mel = LogMel(checkpoint.features).to(device)
         tokens = model.audio_spectrogram_transformer.embeddings.position_embeddings.shape[1]
         self.max_batch = max(1, _MAX_BATCH_TOKENS[device.type] // tokens)
-        self.batch_halvings = 0
+        self._halvings = 0
         self._fitting = self.max_batch  # less once a batch did not fit
         # Threads share a student. On a GPU they take turns, so that one batch's
         # activations are in its memory, not one for each thread.
@@ -93,7 +92,9 @@ class Student:
         precision = choose_dtype(dtype, place)
         facts = read_checkpoint(checkpoint)
         student = cls(_load_model(facts), facts, place, precision)
-        logger.info("loaded %s on %s in %s", checkpoint, place, precision)
+        logger.info(
+            "loaded %s on %s in %s", checkpoint, place, str(precision).removeprefix("torch.")
+        )
         return student
 
     @property
@@ -110,6 +111,11 @@ class Student:
     def embedding_size(self) -> int:
         """Length of an embedding: 768 for Distil-AST."""
         return int(self._model.config.hidden_size)
+
+    def take_halvings(self) -> int:
+        """How often a batch was cut in two for want of GPU memory, since the last call."""
+        taken, self._halvings = self._halvings, 0
+        return taken
 
     @property
     def size_bytes(self) -> int:
@@ -193,7 +199,7 @@ class Student:
                     raise
             # Outside the handler: its traceback would keep the failed batch's tensors alive.
             torch.cuda.empty_cache()
-            self.batch_halvings += 1
+            self._halvings += 1
             self._fitting = len(arrays) // 2
             logger.warning(
                 "a batch of %d chunks does not fit the memory of %s; going on with %d",

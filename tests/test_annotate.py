@@ -8,6 +8,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import duckdb
@@ -21,11 +26,20 @@ import xxhash
 from click.testing import CliRunner
 
 from pipeline.cli import cli
-from student import model
+from student import CheckpointError, model
 from student.labels import audioset_labels
-from transforms.annotate import check_claim
+from transforms import annotate as annotate_module
+from transforms.annotate import (
+    Annotation,
+    Students,
+    Waits,
+    check_claim,
+    check_versions,
+    load_student,
+)
+from transforms.meter import Meter
 from transforms.output import LocalOutput
-from transforms.write import RUN_KEY, read_summary
+from transforms.write import RUN_KEY, RowOptions, read_summary
 
 ROOT = Path(__file__).parent.parent
 
@@ -194,11 +208,11 @@ def test_the_same_weights_in_another_architecture_are_refused(
 
 def test_a_run_whose_output_was_started_anew_publishes_nothing_more(tmp_path):
     with pytest.raises(RuntimeError, match="another run has started"):
-        check_claim(LocalOutput(tmp_path), '{"fingerprint": "ours"}')  # emptied
-    (tmp_path / "run.json").write_text('{"fingerprint": "theirs"}')
+        check_claim(LocalOutput(tmp_path), '{"id": "ours"}')  # emptied
+    (tmp_path / "run.json").write_text('{"id": "theirs"}')
     with pytest.raises(RuntimeError, match="another run has started"):
-        check_claim(LocalOutput(tmp_path), '{"fingerprint": "ours"}')
-    check_claim(LocalOutput(tmp_path), '{"fingerprint": "theirs"}')
+        check_claim(LocalOutput(tmp_path), '{"id": "ours"}')
+    check_claim(LocalOutput(tmp_path), '{"id": "theirs"}')
 
 
 def test_overwrite_starts_anew_and_spares_what_is_not_earmarks(annotate, shards, tmp_path):
@@ -438,3 +452,143 @@ def test_a_summary_needs_no_rows(annotate, shards, tmp_path):
     summary, _ = read_summary(LocalOutput(tmp_path), f"clips/{file.name}")
     assert (summary.clips, summary.failed) == (3, 1)
     assert summary.failures == {"decode/InvalidDataError": 1}
+
+
+# ---------------------------------------------------------------- a worker's parts
+
+
+def annotation_of(tiny_checkpoint, **changes):
+    facts = model.read_checkpoint(str(tiny_checkpoint))
+    made = Annotation(
+        checkpoint=str(tiny_checkpoint),
+        weights_sha256=facts.weights_sha256,
+        config_sha256=facts.config_sha256,
+        device="cpu",
+        dtype="auto",
+        pool="max",
+        rows=RowOptions(thresholds=facts.thresholds),
+        output="out",
+        run="{}",
+    )
+    return replace(made, **changes)
+
+
+def test_threads_are_dealt_over_the_gpus_and_each_gpu_loads_once(tiny_checkpoint, monkeypatch):
+    class Loaded:
+        size_bytes = 1_234
+
+        def __init__(self, device):
+            self.device = device
+
+    loads = []
+
+    def load(annotation, device):
+        loads.append(device)
+        time.sleep(0.02)  # long enough for another thread to come in between
+        return Loaded(device)
+
+    gpus = ["cuda:0", "cuda:1", "cuda:2"]
+    asked = []
+    monkeypatch.setattr(annotate_module, "devices_of", lambda device: asked.append(device) or gpus)
+    monkeypatch.setattr(annotate_module, "load_student", load)
+    students = Students(annotation_of(tiny_checkpoint, device="cuda"))
+    meter = Meter()
+    with ThreadPoolExecutor(7) as pool:
+        taken = list(pool.map(lambda _: students.take(meter), range(7)))
+    assert asked == ["cuda"]
+    assert sorted(loads) == gpus
+    assert Counter(student.device for student in taken) == {"cuda:0": 3, "cuda:1": 2, "cuda:2": 2}
+    assert len({id(student) for student in taken}) == 3
+    counts, values = meter.take()
+    assert counts == {} and values["model_byte_size"] == [1_234] * 3
+    assert len(values["load_model_latency_milli_secs"]) == 3
+    assert min(values["load_model_latency_milli_secs"]) >= 20
+
+
+def test_threads_share_the_student_of_a_cpu(tiny_checkpoint, tiny_student):
+    students = Students(annotation_of(tiny_checkpoint))
+    meter = Meter()
+    first, second = students.take(meter), students.take(meter)
+    assert first is second and first.device == torch.device("cpu")
+    assert meter.take()[1]["model_byte_size"] == [4 * tiny_student.parameters]
+
+
+def test_a_thread_whose_gpu_is_missing_stops(tiny_checkpoint):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(model.DeviceError, match="device 'cuda' was asked for"):
+        Students(annotation_of(tiny_checkpoint, device="cuda"))
+
+
+@pytest.mark.parametrize("what", ["weights", "config"])
+def test_other_weights_or_another_config_are_refused(tiny_checkpoint, what):
+    annotation = annotation_of(tiny_checkpoint, **{f"{what}_sha256": "0" * 64})
+    with pytest.raises(CheckpointError) as refusal:
+        load_student(annotation)
+    found = getattr(annotation_of(tiny_checkpoint), f"{what}_sha256")
+    assert str(refusal.value) == (
+        f"checkpoint {str(tiny_checkpoint)!r} has {what} {found[:12]}... on this worker, but the "
+        "run was started with 000000000000...; give all workers the same files"
+    )
+
+
+def test_waits_are_told_in_words():
+    waits = Waits()
+    waits.add(
+        {"wait_for_audio_msec": [300, 450], "wait_for_model_msec": [10], "shard_msec": [1000]}
+    )
+    assert waits.sentence() == (
+        "the model waited for audio 75 % of the time, decoding waited for the model 1 %; reading "
+        "and decoding are the bottleneck: more vCPUs or threads for each model"
+    )
+    waits.add({"wait_for_model_msec": [1_590], "shard_msec": [500, 500], "model_byte_size": [9]})
+    assert waits.sentence() == (
+        "the model waited for audio 38 % of the time, decoding waited for the model 80 %; the model "
+        "is the bottleneck: a faster device, or more of them"
+    )
+
+
+def test_waits_are_logged_now_and_then_and_begin_anew(monkeypatch, caplog):
+    now = [1_000.0]
+    monkeypatch.setattr(annotate_module.time, "monotonic", lambda: now[0])
+    caplog.set_level("INFO", annotate_module.logger.name)
+    waits = Waits()
+    audio = {"wait_for_audio_msec": [90], "wait_for_model_msec": [0], "shard_msec": [100]}
+    model_ = {"wait_for_audio_msec": [0], "wait_for_model_msec": [80], "shard_msec": [100]}
+    logged = []
+    for seconds, values in [
+        (59, audio),  # too early
+        (2, audio),
+        (30, model_),
+        (29, model_),  # too early again
+        (1, model_),
+        (120, {}),  # nothing was done: nothing to say
+    ]:
+        now[0] += seconds
+        caplog.clear()
+        waits.add(values)
+        logged.append([record.getMessage()[:34] for record in caplog.records])
+    assert logged == [
+        [],
+        ["the model waited for audio 90 % of"],
+        [],
+        [],
+        ["the model waited for audio 0 % of "],
+        [],
+    ]
+
+
+def test_a_worker_with_other_code_says_which_and_what_to_do():
+    earmark, beam = version("earmark-audio"), version("apache-beam")
+    check_versions([("earmark-audio", earmark), ("apache-beam", beam)])
+    check_versions([])
+    for package, found, expected in [
+        ("earmark-audio", earmark, "9.9"),
+        ("apache-beam", beam, "2.1"),
+    ]:
+        with pytest.raises(RuntimeError) as refusal:
+            check_versions([(package, expected)])
+        assert str(refusal.value) == (
+            f"this worker has {package} {found}, the job was launched with {expected}: launch it "
+            "from the same image or environment that the workers run (--sdk_container_image)"
+        )

@@ -181,7 +181,12 @@ def test_the_work_on_a_shard_is_one_step():
         ("nvidia-l4", ["--dataflow_service_options=enable_prime"], "enable_prime"),
         ("nvidia-l4", ["--experiments=enable_prime"], "enable_prime"),
         ("nvidia-l4", ["--flexrs_goal=COST_OPTIMIZED"], "FlexRS has no GPUs"),
-        ("nvidia-l4", ["--machine_type=n1-standard-8"], "cannot hold nvidia-l4"),
+        ("nvidia-l4", ["--machine_type=n1-standard-8"], "the machine cannot hold it"),
+        ("nvidia-l4:2", ["--machine_type=g2-standard-8"], "comes with 1 nvidia-l4"),
+        ("nvidia-l4", ["--machine_type=g2-standard-48"], "comes with 4 nvidia-l4"),
+        ("nvidia-tesla-a100", ["--machine_type=a2-ultragpu-1g"], "comes with 1 nvidia-a100-80gb"),
+        ("none", ["--machine_type=g2-standard-8"], "--gpu none leaves it idle"),
+        (None, ["--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:2;use_nvidia_mps"], "count is 2"),
         ("nvidia-l4", ["--sdk_container_image=gcr.io/p/earmark:0.1.0-py3.9-beam2.77.0"], "has python 3.9"),
         ("nvidia-l4", ["--sdk_container_image=gcr.io/p/earmark:0.1.0-py3.11-beam2.50.0"], "has beam 2.50.0"),
     ],
@@ -195,6 +200,8 @@ def test_contradictions_are_refused(gpu, given, message):
     ("gpu", "given"),
     [
         ("none", ["--flexrs_goal=COST_OPTIMIZED"]),
+        ("nvidia-l4", ["--machine_type=g2-standard-16"]),
+        ("nvidia-tesla-t4", ["--machine_type=n1-custom-8-32768"]),
         ("none", ["--dataflow_service_options=enable_prime"]),
         (None, ["--resource_hints=accelerator=type:nvidia-l4;count:1"]),
         (None, [f"--dataflow_service_options={ACCELERATOR};use_nvidia_mps"]),
@@ -214,6 +221,7 @@ def test_what_does_go_together_is_not_refused(gpu, given):
         ("nvidia-l4:x", "auto", [], "is not a number"),
         ("none:1", "auto", [], "is unknown"),
         ("nvidia-tesla-t4", "auto", [f"--dataflow_service_options={ACCELERATOR}"], "contradict each other"),
+        ("nvidia-l4:2", "auto", [f"--dataflow_service_options={ACCELERATOR}"], "contradict each other"),
         (None, "auto", ["--dataflow_service_options=worker_accelerator=type:nvidia-b900;count:1"], "say what it computes in"),
     ],
 )  # fmt: skip
@@ -251,6 +259,7 @@ def registry():
         "p/earmark/earmark:index": good,
         "p/earmark/earmark:old": good | {"earmark.beam": "2.70.0"},
         "p/earmark/earmark:bare": {},
+        "p/earmark/earmark:other": good | {"earmark.checkpoint": "owner/other"},
     }
     with ImageRegistry(images, indexed=["p/earmark/earmark:index"]) as running:
         yield running
@@ -282,7 +291,7 @@ def test_a_dry_run_checks_everything_and_submits_nothing(cloud, launch, tmp_path
     assert "Nothing was run, and nothing submitted." in said
     assert cloud.names("out") == before
     job = json.loads((tmp_path / "job.json").read_text())
-    assert re.fullmatch(r"earmark-out-dry-\d{8}-\d{6}", job["name"])
+    assert re.fullmatch(r"earmark-out-dry-[0-9a-f]{6}-\d{8}-\d{6}", job["name"])
     assert job["environment"]["workerPools"][0]["machineType"] == "g2-standard-8"
 
 
@@ -311,10 +320,50 @@ def test_a_job_is_submitted_and_waited_for(cloud, launch):
     assert "gcloud dataflow jobs cancel" in said
     assert "https://console.cloud.google.com/dataflow/jobs/us-central1/" in said
     assert re.search(r"RUNNING for .*: 6 clips, 0/2 shards", said), said
-    assert "the job ended, but 2 of its 2 shards have no file" in said
+    assert "the job ended, but 2 of 2 shards have no file" in said
     assert job["environment"]["serviceOptions"] == [ACCELERATOR]
     staged = [name for name in cloud.names("out", "submitted/.dataflow/") if "pipeline.pb" in name]
     assert len(staged) == 1
+
+
+def test_a_second_job_on_the_same_output_is_refused(launch):
+    with DataflowService(states=["JOB_STATE_RUNNING"] * 9) as service:
+        place = ("--gpu", "none", "--detach", "--dataflow_endpoint", service.url, "--no_auth")
+        launch("twice", *place)
+        said = launch("twice", *place, code=2)
+        assert "is at work on gs://out/twice already: wait for it" in said
+        launch("twice-more", *place)  # another output
+        assert len(service.jobs) == 2
+
+
+class Unanswered:
+    """The result of a job whose service answers `answers` times, and then no more."""
+
+    def __init__(self, answers):
+        self._answers = iter(answers)
+
+    def job_id(self):
+        return "2026-job"
+
+    @property
+    def state(self):
+        answer = next(self._answers, None)
+        if answer is None:
+            raise ConnectionError("the network is gone")
+        return answer
+
+
+def test_a_service_that_goes_away_does_not_end_the_job(monkeypatch):
+    monkeypatch.setattr(dataflow, "_POLL_S", 0)
+    monkeypatch.setattr(dataflow, "counters", lambda result: {})
+    with pytest.raises(dataflow.JobFailed) as failure:
+        dataflow.wait(Unanswered(["RUNNING"]), options_of(), lambda state, counters: None)
+    assert "Dataflow does not answer any more (the network is gone)" in str(failure.value)
+    assert "may well go on: look at https://console.cloud.google.com" in str(failure.value)
+    shown = []
+    answers = ["RUNNING", None, None, "RUNNING", "DONE"]  # it comes back in time
+    dataflow.wait(Unanswered(answers), options_of(), lambda state, counters: shown.append(state))
+    assert shown == ["RUNNING", "DONE"]
 
 
 def test_detach_returns_at_once(cloud, launch):
@@ -390,6 +439,15 @@ def test_an_image_that_would_not_work_is_refused_before_submission(launch, image
 def test_an_image_for_several_machines_and_one_without_labels_are_taken(launch):
     for image in ("index", "bare"):
         launch("image", "--gpu", "nvidia-l4", "--dry-run", image=image)
+
+
+def test_an_image_with_another_student_is_refused(cloud, earmark, registry):
+    said = earmark(
+        cloud.env, "annotate", "gs://in/shards/*.tar", "--output", "gs://out/student", *PLACE,
+        "--gpu", "none", "--dry-run", "--checkpoint", "owner/mine",
+        "--sdk_container_image", f"{registry.host}/p/earmark/earmark:other", code=2,
+    )  # fmt: skip
+    assert "carries the student 'owner/other', not 'owner/mine'" in said
 
 
 @pytest.mark.parametrize(

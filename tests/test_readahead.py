@@ -7,6 +7,7 @@ from contextlib import closing
 
 import pytest
 
+from transforms.meter import Meter
 from transforms.readahead import read_ahead
 
 
@@ -178,3 +179,58 @@ def test_items_are_let_go_once_they_are_consumed() -> None:
         del item
     assert most <= 2 + 3  # the queue, one in each thread's hands, one being made
     assert Item.alive == 0
+
+
+# ----------------------------------------------------------------------- waits
+
+
+def waits_of(made_in_s: float, used_in_s: float, items: int = 10) -> tuple[int, int]:
+    """(milliseconds the consumer waited, the thread waited) for items so quickly made and used."""
+    meter = Meter()
+
+    def slowly() -> Iterator[int]:
+        for item in range(items):
+            time.sleep(made_in_s)
+            yield item
+
+    for _ in read_ahead(slowly(), 2, meter):
+        time.sleep(used_in_s)
+    counts, values = meter.take()
+    assert counts == {}
+    (consumer,), (thread,) = values["wait_for_audio_msec"], values["wait_for_model_msec"]
+    return consumer, thread
+
+
+def test_where_items_are_slow_the_consumer_waits() -> None:
+    consumer, thread = waits_of(made_in_s=0.03, used_in_s=0)
+    assert consumer > 10 * thread
+    assert consumer >= 200  # of 10 x 30
+
+
+def test_where_the_consumer_is_slow_the_thread_waits() -> None:
+    consumer, thread = waits_of(made_in_s=0, used_in_s=0.03)
+    assert thread > 3 * consumer
+    assert thread >= 150  # of 10 x 30, less the two items that have room
+
+
+def test_waits_are_told_when_the_consumer_stops_early() -> None:
+    meter = Meter()
+    ahead = read_ahead(range(100), 2, meter)
+    next(ahead)
+    ahead.close()
+    assert {name: len(values) for name, values in meter.take()[1].items()} == {
+        "wait_for_audio_msec": 1,
+        "wait_for_model_msec": 1,
+    }
+
+
+def test_waits_are_told_when_an_item_fails() -> None:
+    meter = Meter()
+
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        list(read_ahead(broken(), 2, meter))
+    assert len(meter.take()[1]["wait_for_audio_msec"]) == 1

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import base64
 import dataclasses
 import os
+import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -12,9 +14,21 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from transforms import shards
-from transforms.records import Shard
-from transforms.shards import InputError, Plan, limit_shards, outdated, plan_shards, source_of
+from bench.stand_ins import CloudStorage
+from transforms import shards, storage
+from transforms.read import read_clips
+from transforms.records import EncodedClip, Shard
+from transforms.shards import (
+    InputError,
+    Plan,
+    find_shards,
+    limit_shards,
+    outdated,
+    pack_shards,
+    plan_shards,
+    source_of,
+    unpack_shards,
+)
 
 MakeTar = Callable[..., Path]
 
@@ -523,3 +537,296 @@ def test_names_that_look_like_ids_outdate_nothing(tmp_path: Path) -> None:
     touch(tmp_path, "clips-0123456789ab-a.tar", "clips-0123456789ab-b.tar")
     a, b = plan(tmp_path).shards
     assert outdated_by([b], [a.id]) == []
+
+
+# --------------------------------------------------------------- Cloud Storage
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[CloudStorage]:
+    with CloudStorage("in", "many") as cloud:
+        cloud.put_many("many", [f"tars/{n:05}.tar" for n in range(2_100)], b"tar")
+        cloud.put_many("many", [f"long/{n:05}.tar" for n in range(6_000)], b"tar")
+        cloud.put_many("many", [f"files/{n // 100}/{n:05}.wav" for n in range(2_100)], b"wav")
+        yield cloud
+
+
+@pytest.fixture
+def cloud(running: CloudStorage, monkeypatch: pytest.MonkeyPatch) -> Iterator[CloudStorage]:
+    """Cloud Storage without faults, its log empty, and the clients of this process led to it."""
+    for name in running.names("in"):
+        running.delete("in", name)
+    running.faults = None
+    running.requests.clear()
+    for name, value in running.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
+    storage.forget_clients()
+    yield running
+    storage.forget_clients()
+
+
+TREE = [
+    *("a.wav", "z.wav", "m/1.wav", "m/2.flac", "m-1.wav", "m0.wav", "m/deep/3.wav", "n.txt"),
+    *("é/4.wav", "a b/#5.wav", "a b/100%.wav", "日本/7.mp3", "s.tar", "m/t.tar"),
+]
+
+
+@pytest.fixture
+def twice(cloud: CloudStorage, tmp_path: Path) -> Path:
+    """The files of `TREE` in `gs://in/set` and in the folder that this gives."""
+    touch(tmp_path / "set", *TREE)
+    for name in TREE:
+        cloud.put("in", f"set/{name}", b"x" * len(name))
+    for marker in ("set/", "set/m/", "set/empty/"):
+        cloud.put("in", marker, b"")
+    return tmp_path / "set"
+
+
+def below(root: str, planned: Plan) -> list[tuple[str, str, int, tuple[str, ...]]]:
+    """Shards with what does not depend on where the root is."""
+    return [
+        (shard.kind, os.path.relpath(shard.uri, root), shard.size_bytes, shard.files)
+        for shard in planned.shards
+    ]
+
+
+@pytest.mark.parametrize("files_per_shard", [1, 2, 3, 256])
+@pytest.mark.parametrize("pattern", ["", "/*", "/*.wav", "/**/*.wav", "/m*", "/*/*", "/m/*"])
+def test_shards_of_cloud_storage_are_those_of_a_local_copy(
+    twice: Path, pattern: str, files_per_shard: int
+) -> None:
+    local = plan(f"{twice}{pattern}", files_per_shard=files_per_shard)
+    remote = plan(f"gs://in/set{pattern}", files_per_shard=files_per_shard)
+    kind = lambda shard: shard[0] == "files"  # noqa: E731
+    assert sorted(below("gs://in/set", remote), key=kind) == sorted(
+        below(str(twice), local), key=kind
+    )
+    assert remote.ignored == local.ignored
+    assert plan(f"gs://in/set{pattern}", files_per_shard=files_per_shard) == remote
+    for shard in remote.shards:
+        assert shard.file_sizes == tuple(map(len, (f"{file}" for file in named(shard, pattern))))
+
+
+def named(shard: Shard, pattern: str) -> list[str]:
+    """The files of a shard, relative to the set: their lengths are their sizes."""
+    folder = "m/" if pattern == "/m/*" else ""
+    return [folder + file for file in shard.files]
+
+
+def test_a_glob_that_matches_a_file_and_its_folder_gives_it_once(twice: Path) -> None:
+    local, remote = plan(f"{twice}/**"), plan("gs://in/set/**")
+    assert below(str(twice), local) == below("gs://in/set", remote)
+    assert len({shard.id for shard in local.shards}) == len(local.shards)
+
+
+@pytest.mark.parametrize("pattern", ["/*", "/*.wav", "/*/*.wav", "/**/*.wav"])
+def test_globs_leave_out_what_is_hidden_as_folders_do(twice: Path, pattern: str) -> None:
+    expected = plan(f"{twice}{pattern}")
+    touch(twice, ".b.wav", ".hidden/c.wav", "m/.d.wav")
+    assert plan(f"{twice}{pattern}") == expected
+
+
+def test_objects_with_two_slashes_keep_both(cloud: CloudStorage) -> None:
+    cloud.put("in", "slashes/a//b.wav", b"1")
+    (shard,) = plan("gs://in/slashes").shards
+    (clip,) = read_clips(shard)
+    assert isinstance(clip, EncodedClip)
+
+
+def test_a_glob_leaves_out_what_is_hidden_in_cloud_storage(cloud: CloudStorage) -> None:
+    for name in ("a.wav", ".b.wav", ".hidden/c.wav", "m/.d.wav", "m/e.wav"):
+        cloud.put("in", f"dots/{name}", b"1")
+    for pattern in ("", "/*", "/**/*.wav"):
+        assert files_of(plan(f"gs://in/dots{pattern}").shards) == [("a.wav", "m/e.wav")]
+
+
+def test_a_shard_of_cloud_storage_knows_its_checksum(cloud: CloudStorage) -> None:
+    cloud.put("in", "a b/c#1.tar", b"123456789")
+    (shard,) = plan("gs://in/a b/c#1.tar").shards
+    uri = "gs://in/a b/c#1.tar"
+    # The CRC-32C of "123456789" is e3 06 92 83.
+    assert shard == Shard(f"c_1-{hashed(uri)}", uri, "tar", 9, checksum="4waSgw==")
+    assert plan("gs://in/a b").shards == plan("gs://in/a b/*.tar").shards == [shard]
+    assert plan("gs://in").shards == [shard]
+
+
+def test_a_name_with_a_globs_marks_is_itself_in_cloud_storage_too(cloud: CloudStorage) -> None:
+    for name in ("take [1].wav", "take 1.wav", "what?/a.wav", "whats/b.wav"):
+        cloud.put("in", f"marks/{name}", b"1")
+    assert files_of(plan("gs://in/marks/take [1].wav").shards) == [("take [1].wav",)]
+    assert files_of(plan("gs://in/marks/what?").shards) == [("a.wav",)]
+    assert files_of(plan("gs://in/marks/take [12].wav").shards) == [("take 1.wav",)]
+
+
+def pages_of(cloud: CloudStorage, prefix: str) -> int:
+    return sum(r.kind == "list" and r.query["prefix"] == prefix for r in cloud.requests)
+
+
+@pytest.mark.parametrize("pattern", ["gs://many/tars", "gs://many/tars/*.tar", "gs://many/tars/**"])
+def test_the_first_tar_comes_before_the_second_page_was_asked_for(
+    cloud: CloudStorage, pattern: str
+) -> None:
+    found = find_shards([pattern], Counter())
+    assert next(found).uri == "gs://many/tars/00000.tar"
+    assert pages_of(cloud, "tars/") == 1
+    assert sum(1 for _ in found) == 2_099
+    assert pages_of(cloud, "tars/") == 3
+
+
+def test_groups_of_files_come_as_they_are_found(cloud: CloudStorage) -> None:
+    found = find_shards(["gs://many/files"], Counter(), files_per_shard=256)
+    first = next(found)
+    assert first.files == tuple(sorted(f"{n // 100}/{n:05}.wav" for n in range(2_100)))[:256]
+    assert sum(1 for r in cloud.requests if r.kind == "list") == 1
+    groups = [first, *found]
+    assert [len(shard.files) for shard in groups] == [256] * 8 + [52]
+    assert [shard.id.split("-")[2] for shard in groups] == [f"{n:05}" for n in range(9)]
+    # Named beside something else, they are divided in the same way.
+    cloud.put("in", "other.tar", b"1")
+    both = plan("gs://many/files", "gs://in/other.tar").shards
+    assert [shard for shard in both if shard.kind == "files"] == groups
+
+
+def test_no_more_than_a_page_is_held_in_memory(cloud: CloudStorage) -> None:
+    def peak(pattern: str, shards: int) -> int:
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        assert sum(1 for _ in find_shards([pattern], Counter())) == shards
+        return tracemalloc.get_traced_memory()[1] - before
+
+    tracemalloc.start()
+    try:
+        peak("gs://many/long/00*.tar", 1_000)  # what is made once
+        assert peak("gs://many/long/*.tar", 6_000) < 1.5 * peak("gs://many/long/00*.tar", 1_000)
+    finally:
+        tracemalloc.stop()
+
+
+def test_overlapping_patterns_give_nothing_twice(twice: Path) -> None:
+    patterns = [
+        "gs://in/set",
+        "gs://in/set/*.tar",
+        "gs://in/set/m",
+        "gs://in/set/**",
+        "gs://in/set",
+    ]
+    planned = plan(*patterns, files_per_shard=2).shards
+    tars = [shard.uri for shard in planned if shard.kind == "tar"]
+    assert sorted(tars) == ["gs://in/set/m/t.tar", "gs://in/set/s.tar"]
+    files = [f"{shard.uri}/{file}" for shard in planned for file in shard.files]
+    audio = [name for name in TREE if not name.endswith((".tar", ".txt"))]
+    assert sorted(files) == sorted(f"gs://in/set/{name}" for name in audio)
+    assert len({shard.id for shard in planned}) == len(planned)
+    assert plan(*patterns, files_per_shard=2).shards == planned
+
+
+def test_parquet_in_cloud_storage(
+    cloud: CloudStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = write_parquet(tmp_path / "a.parquet", 600, row_group_size=200).read_bytes()
+    cloud.put("in", "p/a.parquet", content)
+    write_parquet_without_audio(tmp_path / "b.parquet")
+    cloud.put("in", "p/b.parquet", (tmp_path / "b.parquet").read_bytes())
+    planned = plan("gs://in/p")
+    (whole,) = planned.shards
+    assert (whole.uri, whole.kind, whole.size_bytes) == (
+        "gs://in/p/a.parquet",
+        "parquet",
+        len(content),
+    )
+    assert planned.ignored == Counter({".parquet without audio": 1})
+    monkeypatch.setattr(shards, "PARQUET_SHARD_BYTES", 1)
+    split = plan("gs://in/p/a.parquet").shards
+    assert [(shard.row_groups, shard.file_sizes) for shard in split] == [
+        ((n, n + 1), (len(content),)) for n in range(3)
+    ]
+    assert limited(split, 450) == [("a.parquet", 200), ("a.parquet", 200), ("a.parquet", 50)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("gs://in/nothing", "'gs://in/nothing' does not exist"),
+        ("gs://in/nothing/*.tar", "'gs://in/nothing/*.tar' matches no tar"),
+        ("gs://", "'gs://' cannot be listed: gs:// names no bucket: expected gs://BUCKET/NAME"),
+        ("gs://in*/a.tar", "'gs://in*/a.tar' cannot be listed: gs://in*/a.tar names no bucket"),
+        (
+            "gs://nobucket/a",
+            "'gs://nobucket/a' cannot be listed: there is no bucket gs://nobucket: check the spelling",
+        ),
+    ],
+)
+def test_what_is_not_in_cloud_storage_is_refused(
+    cloud: CloudStorage, pattern: str, message: str
+) -> None:
+    with pytest.raises(InputError) as refusal:
+        plan(pattern)
+    assert str(refusal.value).startswith(message)
+
+
+@pytest.mark.parametrize("pattern", ["gs://in/a**.tar", "{tmp}/a**.tar"])
+def test_a_glob_that_cannot_be_is_refused(
+    cloud: CloudStorage, tmp_path: Path, pattern: str
+) -> None:
+    with pytest.raises(InputError, match=r"a\*\*\.tar' cannot be understood: Invalid pattern"):
+        plan(pattern.format(tmp=tmp_path))
+
+
+# ------------------------------------------------------------------- packets
+
+
+def test_shards_of_all_kinds_come_out_of_their_packets_as_they_went_in(
+    tmp_path: Path, make_tar: MakeTar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    touch(tmp_path, f"{odd}/{odd}.wav", f"{odd}.tar", "日本.wav")
+    write_parquet(tmp_path / "big.parquet", 6, row_group_size=2)
+    monkeypatch.setattr(shards, "PARQUET_SHARD_BYTES", 1)
+    planned = plan(tmp_path).shards
+    planned.append(dataclasses.replace(planned[0], max_clips=7))
+    planned.append(
+        Shard("f-1", "gs://b/f", "files", 3, ("a", "b"), file_sizes=(1, 2), checksum="4waSgw==")
+    )
+    assert {shard.kind for shard in planned} == {"tar", "parquet", "files"}
+    (packet,) = pack_shards(planned)
+    unpacked = list(unpack_shards(packet))
+    assert unpacked == planned
+    assert [hash(shard) for shard in unpacked] == [hash(shard) for shard in planned]
+    assert Path(unpacked[-3].uri, unpacked[-3].files[0]).exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, 1_000, 1_001, 2_500])
+def test_a_packet_holds_a_thousand_shards(count: int) -> None:
+    planned = [Shard(f"s-{n}", f"gs://b/{n}.tar", "tar", n) for n in range(count)]
+    packets = list(pack_shards(iter(planned)))
+    assert [len(list(unpack_shards(packet))) for packet in packets] == [
+        min(1_000, count - start) for start in range(0, count, 1_000)
+    ]
+    assert [shard for packet in packets for shard in unpack_shards(packet)] == planned
+
+
+def test_packets_are_made_as_they_are_asked_for() -> None:
+    made = []
+
+    def endless() -> Iterator[Shard]:
+        while True:
+            made.append(1)
+            yield Shard("s", "gs://b/s.tar", "tar", 1)
+
+    packets = pack_shards(endless())
+    assert len(list(unpack_shards(next(packets)))) == 1_000
+    assert len(made) == 1_000
+
+
+def test_a_hundred_thousand_shards_are_packed_into_less_than_4_mb() -> None:
+    def planned() -> Iterator[Shard]:
+        for n in range(100_000):
+            uri = f"gs://my-company-audio-archive/field-recordings/2026/shard-{n:06}-of-100000.tar"
+            checksum = base64.b64encode(hashed(uri).encode()[:4]).decode()
+            size = 400_000_000 + int(hashed(uri)[:6], 16)
+            yield Shard(
+                f"shard-{n:06}-of-100000-{hashed(uri)}", uri, "tar", size, checksum=checksum
+            )
+
+    assert sum(map(len, pack_shards(planned()))) < 4_000_000

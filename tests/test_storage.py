@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
+import botocore.exceptions
 import fsspec
 import google.api_core.exceptions as google_errors
 import google.auth.exceptions
@@ -33,6 +34,7 @@ from transforms.storage import (
     ShortRead,
     StorageError,
     StoredFile,
+    etag_of,
     explain,
     fetch_folder,
     find_cloud,
@@ -305,7 +307,7 @@ def test_the_right_checksum_passes_and_a_wrong_one_does_not():
         with pytest.raises(StorageError) as refusal:
             s.read()
     assert str(refusal.value) == (
-        f"b/f: what was read has crc32c {right}, the listing said {wrong}: the file was replaced "
+        f"b/f: what was read has checksum {right}, the listing said {wrong}: the file was replaced "
         "since, or damaged on its way; run again"
     )
 
@@ -333,7 +335,29 @@ def test_a_checksum_is_not_compared_where_the_file_is_not_read_in_order():
         stream.seek(2 * MIB)
         assert stream.read() == content[2 * MIB :]
         stream.seek(0)
-        assert stream.read(MIB) == content[:MIB]
+        assert stream.read(2 * MIB) == content[: 2 * MIB]
+
+
+def test_an_etag_is_compared_with_that_of_the_file_once_it_was_read():
+    class Tagged(Store):
+        etag = '"2"'
+
+        def info(self, path):
+            return {"name": path, "size": len(self.content), "ETag": self.etag}
+
+        def invalidate_cache(self, path=None):
+            pass
+
+    content, listed = content_of(3 * MIB), etag_of({"ETag": '"2"'})
+    assert listed == 'etag:"2"' and etag_of({"size": 1}) is None
+    with open_remote(Tagged(content), "b/f", len(content), checksum=listed, in_order=True) as s:
+        assert s.read() == content
+    store = Tagged(content)
+    with open_remote(store, "b/f", len(content), checksum=listed, in_order=True) as s:
+        s.read(MIB)
+        store.etag = '"3"'  # replaced by a file of the same size
+        with pytest.raises(StorageError, match='checksum etag:"3", the listing said etag:"2"'):
+            s.read()
 
 
 # ------------------------------------------------------------- RemoteFile: faults
@@ -629,6 +653,10 @@ def test_a_404_of_gcsfs_is_a_file_that_is_not_there():
         google.auth.exceptions.TransportError(requests.ConnectionError()),
         google.auth.exceptions.RefreshError("metadata server is busy"),
         ChecksumError(),
+        OSError(errno.EBUSY, "An error occurred (SlowDown): Please reduce your request rate."),
+        OSError(errno.EREMOTEIO, "An error occurred (InternalError)"),
+        botocore.exceptions.EndpointConnectionError(endpoint_url="http://s3"),
+        botocore.exceptions.ReadTimeoutError(endpoint_url="http://s3"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -648,6 +676,7 @@ def test_connections_that_break_or_stall_pass(error):
         StorageError("x"),
         google.auth.exceptions.DefaultCredentialsError("none"),
         google.auth.exceptions.TransportError("a certificate that is not trusted"),
+        botocore.exceptions.NoCredentialsError(),
     ],
     ids=repr,
 )
@@ -674,8 +703,21 @@ def test_what_does_not_pass(error):
             "me has no storage.objects.list access",
         ),
         (answered(403), "access to gs://b/f is refused: OSError: Forbidden: b/o/f"),
-        (answered(416, "range"), "gs://b/f: HttpError: range, 416"),
+        (
+            answered(416, "Requested range not satisfiable"),
+            "gs://b/f is shorter than it was listed: it was replaced since; run again",
+        ),
         (RuntimeError(), "gs://b/f: RuntimeError"),
+        (
+            answered(401, "Invalid Credentials"),
+            "the Google credentials for gs://b/f have expired or are not valid: run `gcloud auth "
+            "application-default login`",
+        ),
+        (
+            botocore.exceptions.NoCredentialsError(),
+            "gs://b/f needs AWS credentials and there are none: set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+        ),
     ],
 )
 def test_a_refusal_is_explained_in_one_sentence(error, sentence):
@@ -864,6 +906,10 @@ def test_what_cannot_be_listed_is_told(cloud):
     with pytest.raises(StorageError) as failure:
         list(list_cloud("nobucket/x", Access()))
     assert str(failure.value) == "there is no bucket gs://nobucket: check the spelling"
+    for name in ("", "/x", "in*/x"):
+        with pytest.raises(StorageError) as failure:
+            list(list_cloud(name, Access()))
+        assert str(failure.value) == f"gs://{name} names no bucket: expected gs://BUCKET/NAME"
     cloud.deny.add(("GET", "in"))
     for look in (list_cloud, lambda *a: [find_cloud(*a)]):
         with pytest.raises(StorageError, match=r"^access to gs://in/x is refused: Forbidden: 403 "):
@@ -918,16 +964,17 @@ def test_reads_through_faults_are_whole_and_counted(cloud, waits):
 def test_a_read_that_stalls_is_given_up_and_tried_again(cloud, monkeypatch):
     monkeypatch.setattr(storage, "STALL_S", 0.3)
     storage.forget_clients()
-    content, meter = content_of(1_000), Meter()
+    content, meter, began = content_of(1_000), Meter(), time.monotonic()
     cloud.put("in", "stalls", content)
     fs, path = open_file_system("gs://in/stalls")
-    cloud.faults = Faults(rate=0.6, seed=1, kinds=("stall",), stall_s=5.0)
+    cloud.faults = Faults(rate=0.6, seed=1, kinds=("stall",), stall_s=60.0)
     with open_remote(fs, path, 1_000, meter=meter) as stream:
         assert stream.read() == content
     assert meter.counts["read_retries"] == cloud.faults.counts["stall"] > 0
+    assert time.monotonic() - began < 60  # nobody waited for the stall to end
 
 
-def test_a_small_file_is_whole_or_an_error(cloud):
+def test_a_small_file_is_whole_or_an_error(cloud, monkeypatch):
     content, meter = content_of(5_000), Meter()
     cloud.put("in", "small", content)
     cloud.faults = Faults(rate=0.5, seed=1)
@@ -936,6 +983,10 @@ def test_a_small_file_is_whole_or_an_error(cloud):
         assert read_all("gs://in/small", meter=meter) == content
     assert cloud.faults.counts["short"] > 0 and meter.counts["read_retries"] > 0
     cloud.faults = None
+    found = StoredFile("in/small", 5_000, "AAAAAA==")
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match="said AAAAAA=="):
+        patch.setattr(storage, "find_cloud", lambda *_: found)
+        read_all("gs://in/small")
     with pytest.raises(FileNotFoundError, match="gs://in/nothing"):
         read_all("gs://in/nothing")
 

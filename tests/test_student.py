@@ -24,7 +24,7 @@ from student import CheckpointError, DeviceError, Student
 from student.checkpoint import DEFAULT_THRESHOLD, find_checkpoint, read_checkpoint
 from student.features import FeatureSpec
 from student.labels import Label, audioset_labels
-from student.model import choose_device, choose_dtype
+from student.model import choose_device, choose_dtype, devices_of
 
 Noise = Callable[..., NDArray[np.float32]]
 MakeCheckpoint = Callable[..., Path]
@@ -660,3 +660,121 @@ def test_a_checkpoint_that_was_never_fetched_says_what_to_do_offline(
     offline: dict[str, Any],
 ) -> None:
     assert offline["someone/other@v1"] == unreachable("someone/other@v1", "someone/other")
+
+
+# ------------------------------------------------- batches that do not fit a GPU
+
+
+class Memory:
+    """Room for `limit` chunks in `_score_batch` of a student; more raise as torch does."""
+
+    def __init__(self, student: Student, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.limit = limit
+        self.batches: list[int] = []  # sizes of those that were tried
+        whole = student._score_batch
+
+        def score(arrays: list[NDArray[np.float32]]) -> Any:
+            self.batches.append(len(arrays))
+            if len(arrays) > self.limit:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return whole(arrays)
+
+        monkeypatch.setattr(student, "_score_batch", score)
+
+
+@pytest.fixture
+def narrow(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """(a student with batches of 8, its memory that has room for so many chunks)."""
+
+    def make(limit: int) -> tuple[Student, Memory]:
+        student = Student.load(str(tiny_checkpoint), device="cpu")
+        monkeypatch.setattr(student, "max_batch", 8)
+        monkeypatch.setattr(student, "_fitting", 8)
+        return student, Memory(student, limit, monkeypatch)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("limit", "halvings", "batches"),
+    [
+        (8, 0, [8, 3]),
+        (7, 1, [8, 4, 4, 3]),
+        (4, 1, [8, 4, 4, 3]),
+        (3, 2, [8, 4, 2, 2, 2, 2, 1, 2]),
+        (1, 3, [8, 4, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_halved_and_later_ones_start_so(
+    narrow: Callable[[int], Any], noise: Noise, limit: int, halvings: int, batches: list[int],
+    tiny_student: Student,
+) -> None:  # fmt: skip
+    student, memory = narrow(limit)
+    waveforms = [noise(5_000 + 1_000 * n, n) for n in range(11)]
+    scores, embeddings = student.score(waveforms, embeddings=True)
+    assert memory.batches == batches
+    assert student.take_halvings() == halvings
+    expected, expected_embeddings = tiny_student.score(waveforms, embeddings=True)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(embeddings, expected_embeddings, rtol=0, atol=1e-5)
+    assert np.abs(scores[:-1] - scores[1:]).max(axis=1).min() > 0.01  # no two alike
+
+    memory.batches.clear()
+    student.score(waveforms[:8])
+    fits = max(size for size in (8, 4, 2, 1) if size <= limit)
+    assert memory.batches == [fits] * (8 // fits)
+    assert student.take_halvings() == 0
+
+
+def test_one_chunk_that_does_not_fit_is_an_error(
+    narrow: Callable[[int], Any], noise: Noise
+) -> None:
+    student, memory = narrow(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        student.score([noise(CHUNK)])
+    assert (memory.batches, student.take_halvings()) == ([1], 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        student.score([noise(CHUNK)] * 5)
+    assert memory.batches == [1, 5, 2, 1]
+
+
+def test_halving_is_told(
+    narrow: Callable[[int], Any], noise: Noise, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, _ = narrow(5)
+    student.score([noise(CHUNK)] * 8)
+    assert [record.getMessage() for record in caplog.records] == [
+        "a batch of 8 chunks does not fit the memory of cpu; going on with 4"
+    ]
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(
+    narrow: Callable[[int], Any], noise: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, _ = narrow(8)
+
+    def broken(arrays: object) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(student, "_score_batch", broken)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        student.score([noise(CHUNK)] * 4)
+    assert student.take_halvings() == 0
+
+
+def test_devices_are_all_gpus_or_the_one_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices_of("cpu") == ["cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert devices_of("cuda") == devices_of("auto") == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert devices_of("cuda:2") == ["cuda:2"]
+    assert devices_of("cpu") == ["cpu"]
+    with pytest.raises(DeviceError, match="device 'cuda:4' was asked for, but there are 4"):
+        devices_of("cuda:4")
+
+
+@without_cuda
+def test_devices_are_the_cpu_where_there_is_no_gpu() -> None:
+    assert devices_of("auto") == ["cpu"]
+    with pytest.raises(DeviceError):
+        devices_of("cuda")

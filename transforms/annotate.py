@@ -34,6 +34,7 @@ from transforms.write import (
     ShardSummary,
     clip_row,
     clips_schema,
+    read_summary,
     write_rows,
 )
 
@@ -57,6 +58,7 @@ class Annotation:
     rows: RowOptions
     output: str
     run: str  # the run description, JSON, for every file's metadata
+    versions: tuple[tuple[str, str], ...] = ()  # (package, version) that launched, to compare
     access: Access = DEFAULT_ACCESS
     progress_folder: str | None = None  # where local workers leave their counts
 
@@ -90,7 +92,7 @@ class _AnnotateShard(beam.DoFn):
 
     def setup(self) -> None:
         """Loads a student, unless another thread of this process has."""
-        check_versions(self._annotation.run)
+        check_versions(self._annotation.versions)
         self._meter = Meter()
         self._students = self._shared.acquire(lambda: Students(self._annotation))
         self._student = self._students.take(self._meter)
@@ -112,17 +114,25 @@ class _AnnotateShard(beam.DoFn):
         self._report(now=True)
 
     def _report(self, *, now: bool = False) -> None:
-        """Hands counts to Beam, which takes them only from the thread that runs a DoFn."""
+        """Hands counts to Beam, now and then."""
         if not now and time.monotonic() - self._reported_at < _METRICS_EVERY_S:
             return
         self._reported_at = time.monotonic()
-        counts, values = self._meter.take()
-        for name, count in counts.items():
-            Metrics.counter(NAMESPACE, name).inc(count)
-        for name, observed in values.items():
-            for value in observed:
-                Metrics.distribution(NAMESPACE, name).update(value)
-        self._students.waits.add(values)
+        self._students.waits.add(empty_into_beam(self._meter))
+
+
+def empty_into_beam(meter: Meter) -> dict[str, list[int]]:
+    """Moves what a meter holds into Beam's metrics; gives the observed values.
+
+    To be called by the thread that runs a DoFn: Beam ignores the others.
+    """
+    counts, values = meter.take()
+    for name, count in counts.items():
+        Metrics.counter(NAMESPACE, name).inc(count)
+    for name, observed in values.items():
+        for value in observed:
+            Metrics.distribution(NAMESPACE, name).update(value)
+    return values
 
 
 class Students:
@@ -193,19 +203,15 @@ class Waits:
         )
 
 
-def check_versions(run: str) -> None:
+def check_versions(launched: Iterable[tuple[str, str]]) -> None:
     """Makes sure that this worker runs the code that the job was launched with.
 
     Raises:
         RuntimeError: it has another version of earmark or Beam.
     """
-    stated = json.loads(run)
-    for package, expected in (
-        ("earmark-audio", stated.get("earmark")),
-        ("apache-beam", stated.get("versions", {}).get("apache-beam")),
-    ):
+    for package, expected in launched:
         found = version(package)
-        if expected is not None and found != expected:
+        if found != expected:
             raise RuntimeError(
                 f"this worker has {package} {found}, the job was launched with {expected}: launch it "
                 "from the same image or environment that the workers run (--sdk_container_image)"
@@ -275,10 +281,15 @@ def annotate_shard(
         OSError: the shard cannot be read or its file not be written; then no file
             is published.
     """
+    name = f"{CLIPS_FOLDER}/{shard.id}.parquet"
+    if output.exists(name):
+        # A runner repeats a whole bundle of shards for one that failed.
+        meter.add("shards_published_by_another")
+        return read_summary(output, name)[0]
     # Where a clip takes the whole process down, this line is what names its shard.
     logger.info("begins %s", shard.uri)
     started = time.monotonic()
-    options, halvings = annotation.rows, student.batch_halvings
+    options = annotation.rows
     clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
     ahead = _BATCHES_AHEAD * student.max_batch
     decoded = read_ahead(decode_clips(clips, student.features), ahead, meter)
@@ -294,7 +305,7 @@ def annotate_shard(
         _rows(_counted(scored, progress, meter, report), shard, student, options),
         clips_schema(len(student.labels), student.embedding_size, options),
         output,
-        f"{CLIPS_FOLDER}/{shard.id}.parquet",
+        name,
         annotation.run,
         before_publishing=lambda: check_claim(output, annotation.run),
     )
@@ -302,7 +313,7 @@ def annotate_shard(
     meter.add("audio_seconds", round(summary.audio_s))
     meter.add("bytes_written", size_bytes)
     meter.add("shards_published_by_another", size_bytes == 0)
-    meter.add("batch_halvings", student.batch_halvings - halvings)
+    meter.add("batch_halvings", student.take_halvings())
     meter.observe("shard_msec", 1_000 * (time.monotonic() - started))
     progress.counts.shards += 1
     progress.write(now=True)
@@ -310,14 +321,14 @@ def annotate_shard(
 
 
 def check_claim(output: Output, run: str) -> None:
-    """Makes sure that `output` is still of this run's making.
+    """Makes sure that `output` is still the one that this run began, or goes on with.
 
     Raises:
         RuntimeError: another run has emptied it with --overwrite since.
     """
     content = output.read(RUN_FILE)
-    claimed = json.loads(content)["fingerprint"] if content is not None else None
-    if claimed != json.loads(run)["fingerprint"]:
+    claimed = json.loads(content).get("id") if content is not None else None
+    if claimed != json.loads(run).get("id"):
         raise RuntimeError(
             f"another run has started {output.uri} anew; this one publishes nothing more"
         )

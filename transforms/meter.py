@@ -23,7 +23,7 @@ COUNTERS = {
     "bytes_written": "bytes of published Parquet",
     "num_inferences": "chunks that went through the model",
     "batch_halvings": "batches cut in two because they did not fit the GPU's memory",
-    "shards_published_by_another": "files that another worker had published first",
+    "shards_published_by_another": "shards whose file another worker, or try, had published first",
     "read_retries": "reads from remote storage that were tried again",
     "write_retries": "writes to remote storage that were tried again",
     "list_retries": "listings of remote storage that were tried again",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import logging
 import os
 import posixpath
@@ -19,6 +20,7 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -45,7 +47,8 @@ from transforms.storage import (
 logger = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"  # and a dot before: no reader of Parquet folders takes it for data
-_WRITE_TIMEOUT_S = (10, 120)  # to connect, and without a byte
+_REMOVED_AT_ONCE = 32  # each is a round trip
+_WRITE_TIMEOUT_S = (10, 60)  # to connect, and without a byte
 
 
 class Output(Protocol):
@@ -58,6 +61,9 @@ class Output(Protocol):
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes, or None where there is none."""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
 
     def tail(self, name: str, size: int) -> bytes:
         """The last `size` bytes of a file, or all of a smaller one."""
@@ -77,7 +83,8 @@ class Output(Protocol):
             replace: take the place of a file of this name; else the first one stays.
 
         Returns:
-            Whether this call made the file (False: another had before).
+            Whether the file is there with this content (False: another had made it before;
+            on a local disk also where that one is equal).
 
         Raises:
             OSError: it cannot be written.
@@ -93,8 +100,10 @@ def open_output(uri: str, access: Access = DEFAULT_ACCESS, meter: Meter | None =
     Raises:
         ImportError, ValueError: the scheme is unknown or its library is absent.
     """
-    if is_local(uri):
-        return LocalOutput(uri)
+    if is_local(uri) or uri.startswith("file://"):
+        return LocalOutput(uri.removeprefix("file://"))
+    if not re.match(r"[a-z0-9+]+://[^/]", uri):
+        raise ValueError("the URL names no bucket: expected such as gs://BUCKET/FOLDER")
     if uri.startswith(CLOUD_STORAGE):
         return CloudOutput(uri, access, meter)
     return ObjectOutput(uri, access, meter)
@@ -155,6 +164,10 @@ class LocalOutput:
             return (self._folder / name).read_bytes()
         except FileNotFoundError:
             return None
+
+    def exists(self, name: str) -> bool:
+        """As `Output.exists`."""
+        return (self._folder / name).exists()
 
     def tail(self, name: str, size: int) -> bytes:
         """As `Output.tail`."""
@@ -241,6 +254,10 @@ class CloudOutput:
             )
             return content
 
+    def exists(self, name: str) -> bool:
+        """As `Output.exists`; one request."""
+        return find_cloud(f"{self._path}/{name}", self._access, self._meter) is not None
+
     def tail(self, name: str, size: int) -> bytes:
         """As `Output.tail`; one request, or two where the file is smaller than `size`."""
         retry = counted_retry("read_retries", self._meter)
@@ -294,16 +311,19 @@ class CloudOutput:
         return True
 
     def remove(self, *names: str) -> None:
-        """As `Output.remove`; a request for every 100."""
-        bucket, _ = cloud_bucket(self._path, self._access)
-        blobs = [self._blob(name) for name in names]
-        for start in range(0, len(blobs), 100):
-            with self._explained(names[start]):
-                bucket.delete_blobs(
-                    blobs[start : start + 100],
-                    on_error=lambda blob: None,  # it is gone already
-                    retry=counted_retry("write_retries", self._meter),
-                )
+        """As `Output.remove`; a request for each, `_REMOVED_AT_ONCE` at a time."""
+        from google.api_core.exceptions import NotFound
+
+        retry = counted_retry("write_retries", self._meter)
+
+        def remove_one(name: str) -> None:
+            with self._explained(name), contextlib.suppress(NotFound):
+                self._blob(name).delete(retry=retry)
+
+        with ThreadPoolExecutor(_REMOVED_AT_ONCE) as pool:
+            for start in range(0, len(names), 1_024):  # so that no more wait in memory
+                for _ in pool.map(remove_one, names[start : start + 1_024]):
+                    pass
 
     def _blob(self, name: str) -> Any:
         bucket, path = cloud_bucket(posixpath.join(self._path, name), self._access)
@@ -358,6 +378,12 @@ class ObjectOutput:
         except FileNotFoundError:
             return None
 
+    def exists(self, name: str) -> bool:
+        """As `Output.exists`."""
+        path = posixpath.join(self._path, name)
+        self._fs.invalidate_cache(path)
+        return bool(patiently(lambda: self._fs.exists(path), path, "read_retries", self._meter))
+
     def tail(self, name: str, size: int) -> bytes:
         """As `Output.tail`."""
         path = posixpath.join(self._path, name)
@@ -400,8 +426,9 @@ class ObjectOutput:
     def remove(self, *names: str) -> None:
         """As `Output.remove`."""
         for name in names:
+            remove_one = functools.partial(self._fs.rm_file, posixpath.join(self._path, name))
             with contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(posixpath.join(self._path, name))
+                patiently(remove_one, f"{self.uri}/{name}", "write_retries", self._meter)
 
 
 def remove_output(output: Output, folder: str, names: tuple[str, ...]) -> None:
@@ -413,22 +440,24 @@ def remove_output(output: Output, folder: str, names: tuple[str, ...]) -> None:
         output.remove(name)
 
 
-def check_writable(output: Output) -> None:
-    """Writes a file into `output` and removes it.
+def check_writable(output: Output) -> str | None:
+    """Writes a file into `output` and removes it; says so where it could not be removed.
 
     Raises:
         OSError: it cannot be written.
     """
+    left = None
     name = f".earmark-probe-{uuid.uuid4().hex[:8]}"
     there = isinstance(output, LocalOutput) and Path(output.uri).exists()
     publish_bytes(output, name, b"A test of whether this place can be written to.\n")
     try:
         output.remove(name)
     except OSError as error:
-        logger.warning("%s was written and cannot be removed: %s", name, error)
+        left = f"{name} was written to try it, and may not be removed here: {error}"
     if isinstance(output, LocalOutput) and not there:
         with contextlib.suppress(OSError):
             Path(output.uri).rmdir()
+    return left
 
 
 def crc32c(content: bytes) -> str:

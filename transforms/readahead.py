@@ -12,6 +12,7 @@ from transforms.meter import Meter
 
 T = TypeVar("T")
 
+_JOIN_S = 10.0  # a read that has stalled is not waited for; the thread ends when it does
 _POLL_S = 0.2  # how soon the thread notices that its consumer has gone
 
 
@@ -20,7 +21,7 @@ def read_ahead(items: Iterable[T], max_items: int, meter: Meter | None = None) -
 
     Decoding releases the GIL, so it overlaps the model. An exception of the
     thread is raised here, in its place. When the consumer stops early, the thread
-    stops too before this returns, so that nothing it reads is closed under it.
+    stops too, before this returns unless it hangs in a read; what it reads it closes itself.
 
     Args:
         items: made in the thread.
@@ -71,7 +72,7 @@ def read_ahead(items: Iterable[T], max_items: int, meter: Meter | None = None) -
             yield value  # type: ignore[misc]  # kind "item" carries a T
     finally:
         abandoned.set()
-        thread.join()
+        thread.join(_JOIN_S)
         if meter is not None:
             meter.observe("wait_for_audio_msec", 1_000 * waited_for_item_s)
             meter.observe("wait_for_model_msec", 1_000 * waited_for_room_s)

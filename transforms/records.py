@@ -46,10 +46,11 @@ class Shard:
     files: tuple[str, ...] = ()  # paths relative to `uri`, for kind "files"
     row_groups: tuple[int, int] | None = None  # first and one past the last, for kind "parquet"
     max_clips: int | None = None  # stop after so many clips (--limit)
-    checksum: str | None = None  # crc32c of the file, base64, where the listing told it
+    checksum: str | None = None  # of the file, as `storage.StoredFile` has it
     # Bytes of `files` where they are remote, or of the file of which `row_groups` is a part:
     # what spares a worker the question.
     file_sizes: tuple[int, ...] = ()
+    file_checksums: tuple[str | None, ...] = ()  # of `files` where they are remote
 
 
 @dataclass(frozen=True)

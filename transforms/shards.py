@@ -28,6 +28,8 @@ from transforms.storage import (
     Access,
     StorageError,
     StoredFile,
+    etag_of,
+    explain,
     find_cloud,
     glob_cloud,
     is_local,
@@ -71,6 +73,7 @@ def find_shards(
     files_per_shard: int = FILES_PER_SHARD,
     access: Access = DEFAULT_ACCESS,
     meter: Meter | None = None,
+    leave_out: str | None = None,
 ) -> Iterator[Shard]:
     """Yields the shards behind files, folders (walked recursively) and globs.
 
@@ -85,13 +88,13 @@ def find_shards(
         files_per_shard: audio files in one shard at most.
         access: how remote storage is used.
         meter: counts `list_retries`.
+        leave_out: a folder whose files are no input: the output, where it lies among them.
 
     Raises:
         InputError: a pattern matches nothing that earmark reads.
     """
-    several = len(patterns) > 1
     seen: set[str] = set()  # ids, so that overlapping inputs give no shard twice
-    loose: dict[str, dict[str, int]] = {}  # root -> relative path -> bytes
+    loose: dict[str, dict[str, StoredFile]] = {}  # root -> relative path -> file
     flushed: Counter[str] = Counter()  # root -> shards of loose files yielded already
     taken: set[str] = set()  # audio files, so that overlapping inputs give no file twice
     for pattern in patterns:
@@ -99,12 +102,16 @@ def find_shards(
             raise InputError("an input is an empty string; is a shell variable unset?")
         fs, path = _file_system(pattern, access)
         remote = not isinstance(fs, LocalFileSystem)
-        in_order = pattern.startswith(CLOUD_STORAGE) and not several
+        # A single listing of Cloud Storage names nothing twice, and has an order: nothing
+        # of it needs to be kept.
+        in_order = pattern.startswith(CLOUD_STORAGE) and len(patterns) == 1
         passed_over: Counter[str] = Counter()
         found = 0
         looked_at = False  # into a Parquet file that this pattern names
         for root, file, named in _matches(fs, path, pattern, access, meter):
             uri = _uri(fs, file.path)
+            if leave_out is not None and uri.startswith(f"{leave_out.rstrip('/')}/"):
+                continue
             if file.path.lower().endswith(TAR_SUFFIXES):
                 shards = [Shard(_id(uri), uri, "tar", file.size, checksum=file.checksum)]
             elif file.path.lower().endswith(".parquet"):
@@ -121,11 +128,11 @@ def find_shards(
                     continue
             elif named or is_audio(file.path):
                 shards = []
-                if not several or uri not in taken:
-                    if several:
+                if in_order or uri not in taken:
+                    if not in_order:
                         taken.add(uri)
                     files = loose.setdefault(_uri(fs, root), {})
-                    files[posixpath.relpath(file.path, root)] = file.size
+                    files[_below(root, file.path)] = file
                     if in_order and len(files) == files_per_shard:
                         url = _uri(fs, root)
                         yield _file_shard(url, flushed[url], loose.pop(url), remote)
@@ -135,10 +142,11 @@ def find_shards(
                 continue
             found += 1
             for shard in shards:
-                if several and shard.id in seen:
-                    continue
-                seen.update([shard.id] if several else [])
-                yield shard
+                if in_order:
+                    yield shard
+                elif shard.id not in seen:
+                    seen.add(shard.id)
+                    yield shard
         if not found:
             only = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.most_common(5))
             raise InputError(
@@ -158,7 +166,7 @@ def find_shards(
 def pack_shards(shards: Iterable[Shard]) -> Iterator[bytes]:
     """Shards in packets of `_PACKED_SHARDS`, compressed.
 
-    Names in one listing are much alike: a million take about 20 MB so, in a job's
+    Names in one listing are much alike: a million tars take about 28 MB so, in a job's
     description and in memory, instead of some hundred.
     """
     left = iter(shards)
@@ -226,8 +234,16 @@ def _matches(
             yield from _cloud_matches(path, pattern, access, meter)
         else:
             yield from _fsspec_matches(fs, path, pattern)
+    except InputError:
+        raise
+    except ValueError as error:  # fsspec's, for a glob such as `a**.tar`
+        raise InputError(f"{pattern!r} cannot be understood: {error}") from error
     except StorageError as error:
         raise InputError(f"{pattern!r} cannot be listed: {error}") from error
+    except Exception as error:  # each library behind fsspec has its own
+        if isinstance(fs, LocalFileSystem):
+            raise
+        raise InputError(explain(error, repr(pattern))) from error
 
 
 def _cloud_matches(
@@ -260,18 +276,24 @@ def _fsspec_matches(fs: Any, path: str, pattern: str) -> Iterator[tuple[str, Sto
             raise InputError(f"{pattern!r} does not exist") from None
         root, named_suffix = _root_of_glob(path)
         for match, details in sorted(fs.glob(path, detail=True).items()):
+            if _is_hidden(match, root):
+                continue
             if details["type"] == "directory":
                 yield from _walk(fs, match, root)
             else:
                 named = match.endswith(named_suffix)
-                yield root, StoredFile(match, details["size"] or 0), named
+                yield root, _stored(match, details), named
         return
     except OSError as error:
         raise InputError(f"{pattern!r} cannot be read: {error.strerror or error}") from error
     if info["type"] == "directory":
         yield from _walk(fs, path, path)
     else:
-        yield posixpath.dirname(path), StoredFile(path, info["size"] or 0), True
+        yield posixpath.dirname(path), _stored(path, info), True
+
+
+def _stored(path: str, details: dict[str, Any]) -> StoredFile:
+    return StoredFile(path, details["size"] or 0, etag_of(details))
 
 
 def _is_glob(path: str) -> bool:
@@ -288,11 +310,16 @@ def _root_of_glob(path: str) -> tuple[str, str]:
 def _walk(fs: Any, folder: str, root: str) -> Iterator[tuple[str, StoredFile, bool]]:
     for file, details in sorted(fs.find(folder, detail=True).items()):
         if not _is_hidden(file, folder):
-            yield root, StoredFile(file, details["size"] or 0), False
+            yield root, _stored(file, details), False
 
 
 def _is_hidden(file: str, folder: str) -> bool:
-    return any(part.startswith(".") for part in posixpath.relpath(file, folder).split("/"))
+    return any(part.startswith(".") for part in _below(folder, file).split("/"))
+
+
+def _below(folder: str, file: str) -> str:
+    """A path relative to a folder above it, to the letter: `a//b` and `a/b` are two objects."""
+    return file.removeprefix(f"{folder.rstrip('/')}/")
 
 
 def _parquet_shards(whole: Shard, *, must_have_audio: bool, access: Access) -> Iterator[Shard]:
@@ -335,15 +362,16 @@ def _parquet_shards(whole: Shard, *, must_have_audio: bool, access: Access) -> I
             first, group_bytes = group + 1, 0
 
 
-def _file_shard(root: str, number: int, sizes: dict[str, int], remote: bool) -> Shard:
-    files = tuple(sizes)
+def _file_shard(root: str, number: int, found: dict[str, StoredFile], remote: bool) -> Shard:
+    files, sizes = tuple(found), tuple(file.size for file in found.values())
     return Shard(
         id=f"{_id(root)}-{number:05d}-{_hash(chr(0).join(files))}",
         uri=root,
         kind="files",
-        size_bytes=sum(sizes.values()),
+        size_bytes=sum(sizes),
         files=files,
-        file_sizes=tuple(sizes.values()) if remote else (),
+        file_sizes=sizes if remote else (),
+        file_checksums=tuple(file.checksum for file in found.values()) if remote else (),
     )
 
 

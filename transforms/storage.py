@@ -20,7 +20,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,8 @@ CLOUD_STORAGE = ("gs://", "gcs://")
 MAX_TRIES = 8  # with the waits below, half a minute to a minute
 FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 30.0
+RETRY_S = 300.0  # how long google-cloud-storage tries again: several stalls
+ETAG = "etag:"  # begins a checksum that is none of the content
 STALL_S = 30.0  # a connection that gives no byte for so long is given up
 
 MIN_BLOCK_BYTES = 1 << 20
@@ -76,7 +78,8 @@ class StoredFile:
 
     path: str  # as the file system names it: without `gs://`
     size: int  # bytes
-    checksum: str | None = None  # crc32c, base64, as Cloud Storage gives it
+    # As Cloud Storage gives it: crc32c, base64. Elsewhere `etag:` and the ETag, where there is one.
+    checksum: str | None = None
 
 
 def is_local(url: str) -> bool:
@@ -99,7 +102,9 @@ def open_file_system(url: str, access: Access = DEFAULT_ACCESS) -> tuple[Any, st
     if url.startswith(CLOUD_STORAGE):
         fs = _cloud_file_system(access.billing_project)
         return fs, fs._strip_protocol(url)
-    return fsspec.core.url_to_fs(url)
+    # Not fsspec's url_to_fs, for which `::` in a name begins another file system.
+    fs = fsspec.filesystem(url.partition("://")[0])
+    return fs, fs._strip_protocol(url)
 
 
 def open_remote(
@@ -174,7 +179,7 @@ class RemoteFile(io.RawIOBase):
         self._checksum, self._meter = checksum, meter
         # Sized to the file: a small one is not cut into many requests, a large one
         # is not held in memory.
-        self._block_bytes = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, size // 8))
+        self._block_bytes = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, -(-size // 8)))
         self._in_order = in_order
         self._position = 0
         self._start, self._block = 0, b""  # the bytes at hand, and where they begin
@@ -267,12 +272,24 @@ class RemoteFile(io.RawIOBase):
     def _compare(self) -> None:
         if self._checksum is None or self._digested != self._size:
             return
-        found = base64.b64encode(self._digest.digest()).decode()
+        if self._checksum.startswith(ETAG):
+            self._fs.invalidate_cache(self._path)
+            info = patiently(
+                lambda: self._fs.info(self._path), self._path, "read_retries", self._meter
+            )
+            found = etag_of(info)
+        else:
+            found = base64.b64encode(self._digest.digest()).decode()
         if found != self._checksum:
             raise StorageError(
-                f"{self._path}: what was read has crc32c {found}, the listing said {self._checksum}: "
+                f"{self._path}: what was read has checksum {found}, the listing said {self._checksum}: "
                 "the file was replaced since, or damaged on its way; run again"
             )
+
+
+def etag_of(info: Mapping[str, Any]) -> str | None:
+    """What tells one content of a file from another, in fsspec's details of it."""
+    return f"{ETAG}{info['ETag']}" if info.get("ETag") else None
 
 
 class ShortRead(OSError):
@@ -296,8 +313,6 @@ def patiently(
             return action()
         except Exception as error:
             if not is_passing(error):
-                if type(error).__name__ == "NotFound":
-                    raise
                 if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
                     error.errno = error.errno or errno.EIO  # see StorageError
                     raise
@@ -315,7 +330,7 @@ def patiently(
 
 def is_passing(error: BaseException) -> bool:
     """Whether a fault is one that passes: 408, 429, 5xx, a connection that broke or stalled."""
-    from aiohttp import ClientError
+    from gcsfs.retry import is_retriable
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     if isinstance(
@@ -323,18 +338,43 @@ def is_passing(error: BaseException) -> bool:
         ShortRead | ConnectionError | TimeoutError | asyncio.TimeoutError | fsspec.FSTimeoutError,
     ):
         return True
-    if isinstance(error, ClientError) or DEFAULT_RETRY._predicate(error):
+    if isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EREMOTEIO):
+        return True  # what s3fs makes of S3's 503 and 500
+    if type(error).__module__.startswith("botocore") and type(error).__name__ in _BOTOCORE_PASSING:
         return True
-    from gcsfs.retry import is_retriable
-
-    return bool(is_retriable(error))
+    return bool(DEFAULT_RETRY._predicate(error) or is_retriable(error))
 
 
-def explain(error: Exception, what: str) -> str:
+_BOTOCORE_PASSING = (
+    "ConnectionClosedError",
+    "ConnectTimeoutError",
+    "EndpointConnectionError",
+    "ReadTimeoutError",
+    "ResponseStreamingError",
+)
+
+
+def explain(error: BaseException, what: str) -> str:
     """One sentence on why storage refused, and the cure where it is known."""
     text = _first_line(error)
+    # Google's own sentence, out of the answer's JSON and the client's address around it.
+    said = re.search(r'"message":\s*"((?:[^"\\]|\\.)*)"', str(error))
+    if said:
+        text = f"{type(error).__name__}: {said.group(1)}"
     if "requester pays" in text:
         return f"{what} is in a requester-pays bucket: name the project that pays with --billing-project"
+    if "Invalid Credentials" in text or type(error).__name__ == "RefreshError":
+        return (
+            f"the Google credentials for {what} have expired or are not valid: run "
+            "`gcloud auth application-default login`"
+        )
+    if type(error).__name__ == "NoCredentialsError":  # botocore's
+        return (
+            f"{what} needs AWS credentials and there are none: set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        )
+    if "Range Not Satisfiable" in text or getattr(error, "code", None) == 416:
+        return f"{what} is shorter than it was listed: it was replaced since; run again"
     if type(error).__name__ == "DefaultCredentialsError":
         return (
             f"{what} needs Google credentials and there are none: run "
@@ -416,10 +456,17 @@ def cloud_client(billing_project: str | None = None) -> Any:
 
 
 def cloud_bucket(path: str, access: Access) -> tuple[Any, str]:
-    """(google-cloud-storage bucket, object name) of `bucket/name`."""
+    """(google-cloud-storage bucket, object name) of `bucket/name`.
+
+    Raises:
+        StorageError: there are no credentials, or a bucket cannot have this name.
+    """
     bucket, _, name = path.partition("/")
     client = cloud_client(access.billing_project)
-    return client.bucket(bucket, user_project=access.billing_project), name
+    try:
+        return client.bucket(bucket, user_project=access.billing_project), name
+    except (ValueError, IndexError) as error:  # IndexError: the client looks at the first letter
+        raise StorageError(f"gs://{path} names no bucket: expected gs://BUCKET/NAME") from error
 
 
 def counted_retry(counter: str, meter: Meter | None = None) -> Any:
@@ -431,7 +478,7 @@ def counted_retry(counter: str, meter: Meter | None = None) -> Any:
         predicate=DEFAULT_RETRY._predicate,
         initial=FIRST_WAIT_S,
         maximum=MAX_WAIT_S,
-        timeout=120.0,
+        timeout=RETRY_S,
         on_error=None if meter is None else lambda error: meter.add(counter),
     )
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from student.features import FRAME_SAMPLES, FeatureSpec
 from student.model import Student
-from transforms.annotate import local_checkpoint
+from transforms.annotate import empty_into_beam, local_checkpoint
 from transforms.chunk import cut_chunks
 from transforms.decode import SourceFacts
 from transforms.meter import NAMESPACE, Meter
@@ -341,12 +341,7 @@ class _TagClips(beam.DoFn):
     def _tag_held(self) -> Iterator[WindowedValue]:
         held, self._held, self._held_bytes = self._held, [], 0
         tagged = self._tagger.tag([audio for _, audio, *_ in held], self._student, self._meter)
-        counts, values = self._meter.take()
-        for name, count in counts.items():
-            Metrics.counter(NAMESPACE, name).inc(count)
-        for name, observed in values.items():
-            for value in observed:
-                Metrics.distribution(NAMESPACE, name).update(value)
+        empty_into_beam(self._meter)
         for (key, _, timestamp, window, pane), clip in zip(held, tagged, strict=True):
             yield WindowedValue((key, clip), timestamp, (window,), pane)
 
