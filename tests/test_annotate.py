@@ -1,5 +1,6 @@
 """`earmark annotate` from shards to Parquet, as a user runs it."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -25,7 +26,9 @@ import torch
 import xxhash
 from click.testing import CliRunner
 
+from pipeline import run as running
 from pipeline.cli import cli
+from pipeline.options import AnnotateOptions, UsageError
 from student import CheckpointError, model
 from student.labels import audioset_labels
 from transforms import annotate as annotate_module
@@ -33,12 +36,14 @@ from transforms.annotate import (
     Annotation,
     Students,
     Waits,
+    annotate_shard,
     check_claim,
     check_versions,
     load_student,
 )
 from transforms.meter import Meter
 from transforms.output import LocalOutput
+from transforms.progress import ProgressFile
 from transforms.write import RUN_KEY, RowOptions, read_summary
 
 ROOT = Path(__file__).parent.parent
@@ -592,3 +597,82 @@ def test_a_worker_with_other_code_says_which_and_what_to_do():
             f"this worker has {package} {found}, the job was launched with {expected}: launch it "
             "from the same image or environment that the workers run (--sdk_container_image)"
         )
+
+
+def test_a_misspelt_input_does_not_cost_the_old_output(annotate, shards, tmp_path):
+    output = tmp_path / "out"
+    assert annotate(shards / "a.tar", "--output", output).exit_code == 0
+    before = rows_of(output)
+    result = annotate(shards / "a.tar", shards / "misspelt.tar", "--output", output, "--overwrite")
+    assert result.exit_code == 2 and "does not exist" in result.output
+    assert rows_of(output) == before
+
+
+def test_what_lies_in_the_output_is_no_input(annotate, tmp_path, encoded, noise):
+    audio = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = [{"bytes": encoded(noise(8_000, seed=n)), "path": f"{n}.wav"} for n in range(3)]
+    pq.write_table(pa.table({"audio": pa.array(cells, audio)}), tmp_path / "a.parquet")
+    for _ in range(3):
+        arguments = (f"{tmp_path}/**/*.parquet", "--output", tmp_path / "out")
+        assert annotate(*arguments).exit_code == 0
+        assert len(rows_of(tmp_path / "out")) == 3
+
+
+@pytest.fixture
+def prepared(tiny_checkpoint, tmp_path, encoded, noise):
+    """Prepares a run over a folder of files, without executing it."""
+
+    def prepare_run(**options):
+        chosen = {"inputs": (str(tmp_path / "in"),), "output": str(tmp_path / "out")}
+        chosen |= {"checkpoint": str(tiny_checkpoint), "device": "cpu"}
+        return running.prepare(AnnotateOptions(**(chosen | options)))
+
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        (tmp_path / "in" / f"{number}.wav").write_bytes(encoded(noise(8_000, seed=number)))
+    return prepare_run
+
+
+def execute(job):
+    return running.execute(
+        job, lambda job, folder: contextlib.nullcontext(), lambda job, places: None
+    )
+
+
+def test_a_run_that_was_overwritten_publishes_nothing_more(prepared, tmp_path):
+    old = prepared(files_per_shard=1)
+    new = prepared(files_per_shard=2, overwrite=True)
+    execute(new)
+    with pytest.raises(RuntimeError, match="another run has started"):
+        execute(old)
+    assert [row["member"] for row in rows_of(tmp_path / "out")] == ["0.wav", "1.wav"]
+
+
+def test_two_runs_that_divide_a_folder_differently_do_not_end_well(
+    prepared, tmp_path, encoded, noise
+):
+    first = prepared()
+    (tmp_path / "in" / "2.wav").write_bytes(encoded(noise(8_000, seed=2)))
+    second = prepared()
+    execute(first)
+    with pytest.raises(UsageError, match="divided otherwise by now"):
+        execute(second)
+
+
+def test_a_bundle_that_comes_again_does_nothing_twice(prepared, tiny_student):
+    job = prepared(files_per_shard=1)
+    annotation, meter = running.annotation_of(job, None), Meter()
+    for again in (False, True):
+        for shard in job.todo:
+            progress = ProgressFile(None)
+            summary = annotate_shard(shard, tiny_student, annotation, job.output, progress, meter)
+            assert summary.clips == 1
+        counts, _ = meter.take()
+        assert counts.get("num_inferences", 0) == (0 if again else 2)
+        assert counts.get("shards_published_by_another", 0) == (2 if again else 0)
+
+
+@pytest.mark.parametrize("option", ["--kms-key", "--billing-project"])
+def test_options_of_cloud_storage_are_refused_elsewhere(annotate, shards, tmp_path, option):
+    result = annotate(shards, "--output", tmp_path / "out", option, "mine")
+    assert result.exit_code == 2 and "nothing here is there" in result.output

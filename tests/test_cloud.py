@@ -16,6 +16,9 @@ from click.testing import CliRunner
 
 from bench.stand_ins import CloudStorage, Faults, S3Server
 from pipeline.cli import cli
+from transforms import storage
+from transforms.read import read_clips
+from transforms.shards import plan_shards
 
 ROOT = Path(__file__).parent.parent
 
@@ -268,3 +271,72 @@ def test_the_same_job_on_s3(earmark_alone, tars, expected):
     assert beside == [
         f"outputs/tags/{name}" for name in ("clips", "labels.parquet", "run.json", "summary.json")
     ]
+
+
+# ---------------------------------------------- inputs that change under a run
+
+
+@pytest.fixture
+def found(cloud, monkeypatch):
+    """Finds the shards of a URL, as a run does before it begins."""
+    for name, value in cloud.env.items():
+        monkeypatch.setenv(name, value)
+    storage.forget_clients()
+    yield lambda url: plan_shards([url]).shards
+    storage.forget_clients()
+
+
+def test_a_loose_file_that_is_replaced_is_not_cut_to_its_old_length(cloud, found, encoded, noise):
+    for codec in ("wav", "ogg", "mp3", "flac"):
+        cloud.put("in", f"replaced-{codec}/a.{codec}", encoded(noise(32_000), format=codec))
+        (shard,) = found(f"gs://in/replaced-{codec}")
+        longer = encoded(noise(96_000, seed=1), format=codec)
+        cloud.put("in", f"replaced-{codec}/a.{codec}", longer)
+        with pytest.raises(OSError, match="was replaced since"):
+            list(read_clips(shard))
+        cloud.put("in", f"replaced-{codec}/a.{codec}", b"short")
+        with pytest.raises(OSError, match="replaced since"):
+            list(read_clips(shard))
+
+
+def test_a_tar_that_was_damaged_on_its_way_is_no_broken_tar(cloud, found, make_tar, tmp_path):
+    members = [(f"{number}.wav", bytes([number]) * 400_000) for number in range(12)]
+    content = make_tar(tmp_path / "big.tar", members).read_bytes()
+    cloud.put("in", "damaged/big.tar", content)
+    (shard,) = found("gs://in/damaged/big.tar")
+    at = content.index(b"3.wav")
+    damaged = content[:at] + b"?????" + content[at + 5 :]
+    cloud.put("in", "damaged/big.tar", damaged)  # of the same length, with a broken header
+    read = []
+    with pytest.raises(OSError, match="was replaced since, or damaged"):
+        read.extend(clip.member for clip in read_clips(shard))
+
+
+def test_an_object_of_s3_that_is_replaced_while_it_is_read_is_refused(make_tar, tmp_path):
+    first = make_tar(tmp_path / "1.tar", [(f"{n}.wav", b"1" * 400_000) for n in range(12)])
+    second = make_tar(tmp_path / "2.tar", [(f"{n}.wav", b"2" * 400_000) for n in range(12)])
+    with S3Server("inputs") as s3:
+        s3.put("inputs", "a.tar", first.read_bytes())
+        code = (
+            "import sys, s3fs\n"
+            "from transforms.read import read_clips\n"
+            "from transforms.shards import plan_shards\n"
+            "(shard,) = plan_shards(['s3://inputs/a.tar']).shards\n"
+            "for number, clip in enumerate(read_clips(shard)):\n"
+            "    if number == 1:\n"
+            "        s3fs.S3FileSystem().pipe_file('inputs/a.tar', open(sys.argv[1], 'rb').read())\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(second)],
+            cwd=ROOT, env=os.environ | s3.env, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "the file was replaced since" in done.stderr.splitlines()[-1]
+
+
+def test_s3_without_credentials_is_a_sentence(earmark_alone, tmp_path):
+    with S3Server("inputs") as s3:
+        nothing = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}  # fmt: skip
+        env = {"AWS_ENDPOINT_URL": s3.url} | nothing
+        said = earmark_alone(env, "annotate", "s3://inputs/a.tar", "-o", tmp_path / "out", code=2)
+    assert "needs AWS credentials and there are none" in said

@@ -176,6 +176,7 @@ class RemoteFile(io.RawIOBase):
     ) -> None:
         super().__init__()
         self._fs, self._path, self._size = fs, path, size
+        self._url = fs.unstrip_protocol(path)  # for messages
         self._checksum, self._meter = checksum, meter
         # Sized to the file: a small one is not cut into many requests, a large one
         # is not held in memory.
@@ -258,7 +259,7 @@ class RemoteFile(io.RawIOBase):
             if len(piece) > end - at:
                 if len(piece) != self._size:
                     raise StorageError(
-                        f"{self._path}: asked for {end - at} bytes, {len(piece)} came"
+                        f"{self._url}: asked for {end - at} bytes, {len(piece)} came"
                     )
                 piece = piece[at:end]  # of a web server that knows no ranges
             pieces.append(piece)
@@ -266,7 +267,7 @@ class RemoteFile(io.RawIOBase):
             if at < end:
                 raise ShortRead(f"{end - at} of {end - start} bytes are missing")
 
-        patiently(one, self._path, "read_retries", self._meter)
+        patiently(one, self._url, "read_retries", self._meter)
         return b"".join(pieces)
 
     def _compare(self) -> None:
@@ -275,14 +276,14 @@ class RemoteFile(io.RawIOBase):
         if self._checksum.startswith(ETAG):
             self._fs.invalidate_cache(self._path)
             info = patiently(
-                lambda: self._fs.info(self._path), self._path, "read_retries", self._meter
+                lambda: self._fs.info(self._path), self._url, "read_retries", self._meter
             )
             found = etag_of(info)
         else:
             found = base64.b64encode(self._digest.digest()).decode()
         if found != self._checksum:
             raise StorageError(
-                f"{self._path}: what was read has checksum {found}, the listing said {self._checksum}: "
+                f"{self._url}: what was read has checksum {found}, the listing said {self._checksum}: "
                 "the file was replaced since, or damaged on its way; run again"
             )
 
@@ -311,6 +312,8 @@ def patiently(
     for number in range(1, MAX_TRIES + 1):
         try:
             return action()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, f"{what} is not there any more") from error
         except Exception as error:
             if not is_passing(error):
                 if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
