@@ -407,6 +407,8 @@ def purpose_of(request: Request) -> str:
         return "read audio"
     if request.kind == "read" and "/clips/" in place:
         return "read footer, to sum up"
+    if request.kind == "metadata" and "/clips/" in place:
+        return "metadata of a shard's file, is it there"
     if request.kind == "read":
         return f"read {place.rpartition('/')[2]}"
     if request.kind in ("write", "write-start"):
@@ -463,9 +465,10 @@ def look_at(what: str, pattern: str) -> dict[str, Any]:
             shards = sum(1 for _ in find_shards([pattern], Counter()))
             return None
         from pipeline.plan import plan_inputs
+        from transforms.meter import Meter
         from transforms.storage import DEFAULT_ACCESS
 
-        planned = plan_inputs((pattern,), options, DEFAULT_ACCESS, set())
+        planned = plan_inputs((pattern,), options, DEFAULT_ACCESS, set(), Meter())
         shards = planned.todo.shards
         return planned.todo
 
