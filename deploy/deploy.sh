@@ -3,8 +3,8 @@
 #
 #   deploy/deploy.sh image                    build and push the image (Cloud Build)
 #   deploy/deploy.sh template                 write the Flex Template's specification
-#   deploy/deploy.sh run INPUT... [OPTION...] launch from here: `earmark annotate`; options follow as they are
-#   deploy/deploy.sh run-template INPUT... [NAME=VALUE...]
+#   deploy/deploy.sh run INPUT... [OPTION...] launch from here: `earmark annotate`; options win over the settings
+#   deploy/deploy.sh run-template INPUT... [NAME=VALUE...] [--GCLOUD-FLAG=VALUE...]
 #                                             launch from the template: no Python needed here
 #   deploy/deploy.sh jobs                     the jobs of this region
 #   deploy/deploy.sh watch JOB_ID             state until it ends, then its errors; exit code 1 unless DONE
@@ -78,18 +78,20 @@ launch() {
   [[ $# -gt 0 ]] || fail "run needs an INPUT, such as gs://my-audio/shards/*.tar"
   local home
   home=$(bucket)
-  run earmark annotate "$@" --output "${OUTPUT:-${home}/tags}" --checkpoint "$CHECKPOINT" \
+  # What is given comes last, and wins over the settings.
+  run earmark annotate --output "${OUTPUT:-${home}/tags}" --checkpoint "$CHECKPOINT" \
     --runner DataflowRunner --project "$PROJECT" --region "$REGION" --gpu "$GPU" \
-    --service_account_email "$(worker)"
+    --service_account_email "$(worker)" "$@"
 }
 
 launch_template() {
-  local home quoted inputs=() parameters argument
+  local home quoted inputs=() flags=() parameters argument
   home=$(bucket)
   parameters="output=${OUTPUT:-${home}/tags}~checkpoint=${CHECKPOINT}~gpu=${GPU}"
   for argument in "$@"; do
     case "$argument" in
       *~*) fail "'${argument}' holds a '~', which parts the parameters here; call gcloud yourself" ;;
+      --*) flags+=("$argument") ;;
       gs://*) inputs+=("$argument") ;;
       *=*) parameters+="~${argument}" ;;
       *) fail "'${argument}' is neither a gs:// input nor NAME=VALUE" ;;
@@ -101,7 +103,7 @@ launch_template() {
   run gcloud dataflow flex-template run "earmark-$(date +%Y%m%d-%H%M%S)" --project "$PROJECT" --region "$REGION" \
     --template-file-gcs-location "${home}/templates/earmark-${TAG}.json" \
     --service-account-email "$(worker)" \
-    --staging-location "${home}/staging" --temp-location "${home}/temp" \
+    --staging-location "${home}/staging" --temp-location "${home}/temp" "${flags[@]}" \
     --parameters "^~^inputs=${quoted% }~${parameters}"
 }
 

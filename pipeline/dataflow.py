@@ -413,7 +413,7 @@ def refuse_second_job(output: str, options: PipelineOptions) -> None:
                     f"the job {job.id} is at work on {output} already: wait for it ({places.console}), or "
                     f"cancel it with: {places.cancel}"
                 )
-    except (GoogleAPICallError, GoogleAuthError):
+    except (GoogleAPICallError, GoogleAuthError, OSError):
         return
 
 
@@ -431,6 +431,11 @@ def submit(root: beam.Pipeline) -> Any:
     except GoogleAPICallError as error:
         raise JobRefused(
             f"Dataflow refused the job ({error.code}): {_sentence(_without_address(error.message))}"
+        ) from error
+    except ConnectionError as error:
+        endpoint = root.options.view_as(GoogleCloudOptions).dataflow_endpoint
+        raise JobRefused(
+            f"Dataflow cannot be reached at {endpoint} (--dataflow_endpoint)"
         ) from error
     except GoogleAuthError as error:
         raise JobRefused(

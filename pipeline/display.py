@@ -73,7 +73,8 @@ def show_rehearsal(job: Job, rehearsal: Rehearsal, console: Console) -> None:
             f"One clip tagged here, {escape(str(clip.clip.member))}: {found or 'no score reaches its threshold'} "
             f"(loaded in {_duration(rehearsal.load_s)}, tagged in {_duration(rehearsal.score_s)})"
         )
-    say(f"To do: {job.todo.shards:,} shards, {_size(job.todo.size_bytes)}.")
+    shards = f"{job.todo.shards:,} shard{'s' * (job.todo.shards != 1)}"
+    say(f"To do: {shards}, {_size(job.todo.size_bytes)}.")
     if job.settings:
         say("The job's options:")
         for setting in job.settings:
@@ -82,6 +83,8 @@ def show_rehearsal(job: Job, rehearsal: Rehearsal, console: Console) -> None:
     if job.options.job_file:
         say(f"The job is in {escape(job.options.job_file)}.")
     say("Nothing was run, and nothing submitted." if job.settings else "Nothing was run.")
+    for note in job.notes:
+        say(escape(note), style="yellow")
 
 
 def show_submitted(job: Job, console: Console) -> None:
@@ -105,7 +108,7 @@ def watch_job(job: Job, places: Places, console: Console) -> Callable[[str, dict
     def show(state: str, counters: dict[str, int]) -> None:
         elapsed_s = time.monotonic() - started
         clips, failed = counters.get("clips", 0), counters.get("clips_failed", 0)
-        line = f"{state} for {_duration(elapsed_s)}"
+        line = f"{state} after {_duration(elapsed_s)}"
         if clips:
             line += (
                 f": {clips:,} clips, {counters.get('shards', 0):,}/{job.todo.shards:,} shards, "

@@ -71,7 +71,9 @@ def _get(session: requests.Session, url: str, image: str) -> dict[str, Any]:
     try:
         answer = session.get(url, timeout=_TIMEOUT_S)
     except requests.RequestException as error:
-        raise ImageUnknown(f"the registry of {image} does not answer") from error
+        raise ImageUnknown(
+            f"the registry of {image} does not answer; is --region right?"
+        ) from error
     if answer.status_code == 404:
         raise UsageError(
             f"there is no image {image}: build it first (deploy/README.md), or name another with "

@@ -150,6 +150,7 @@ def prepare(options: AnnotateOptions) -> Job:
         if remote:
             workers, settings, notes = _prepare_dataflow(options, beam_options)
         else:
+            empty_pipeline(beam_options)  # where a runner's name is misspelt, this says so
             _refuse_for_local(options)
             workers, notes = _choose_device(options, _runner_of(beam_options))
         empty_pipeline(beam_options)  # Beam checks its options when a pipeline is made
@@ -182,6 +183,9 @@ def prepare(options: AnnotateOptions) -> Job:
             finished = ledger.finished_shards(output)
         planned = plan_inputs(inputs, options, access, finished, meter)
         ledger.refuse_other_divisions(output, planned_again, planned.divided, finished)
+        if remote and beam_options.view_as(GoogleCloudOptions).template_location is None:
+            # Before anything of the output is touched: a job may be at work on it.
+            dataflow.refuse_second_job(options.output, beam_options)
         if options.overwrite and not options.dry_run:
             ledger.empty(output)
         claimed = json.dumps(run)
@@ -348,6 +352,12 @@ def _prepare_dataflow(
     for option in ("project", "region"):
         if getattr(cloud, option) is None:
             raise UsageError(f"Dataflow needs --{option}")
+    if not re.fullmatch(r"[a-z]+-[a-z]+\d+", cloud.region):
+        zone = re.fullmatch(r"([a-z]+-[a-z]+\d+)-[a-z]", cloud.region)
+        meant = f" (the region of that zone is {zone.group(1)})" if zone else ""
+        raise UsageError(
+            f"--region {cloud.region!r} is no region: expected such as us-central1{meant}"
+        )
     if not options.output.startswith("gs://"):
         raise UsageError(
             f"--output {options.output!r} is no gs:// URL: Dataflow's workers share no disk with this machine"

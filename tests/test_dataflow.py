@@ -319,7 +319,7 @@ def test_a_job_is_submitted_and_waited_for(cloud, launch):
         (job,) = service.jobs
     assert "gcloud dataflow jobs cancel" in said
     assert "https://console.cloud.google.com/dataflow/jobs/us-central1/" in said
-    assert re.search(r"RUNNING for .*: 6 clips, 0/2 shards", said), said
+    assert re.search(r"RUNNING after .*: 6 clips, 0/2 shards", said), said
     assert "the job ended, but 2 of 2 shards have no file" in said
     assert job["environment"]["serviceOptions"] == [ACCELERATOR]
     staged = [name for name in cloud.names("out", "submitted/.dataflow/") if "pipeline.pb" in name]
@@ -453,6 +453,8 @@ def test_an_image_with_another_student_is_refused(cloud, earmark, registry):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["gs://in/shards/*.tar", "-o", "gs://out/x", "--region", "us-central1-a"], "(the region of that zone is us-central1)"),
+        (["gs://in/shards/*.tar", "-o", "gs://out/x", "--region", "us-centrall"], "--region 'us-centrall' is no region"),
         (["gs://in/shards/*.tar", "-o", "out"], "is no gs:// URL"),
         (["here.tar", "-o", "gs://out/x"], "'here.tar' is a path of this machine"),
         (["gs://in/shards/*.tar", "-o", "gs://out/x", "--device", "cuda"], "--gpu says what the workers have"),
@@ -463,8 +465,18 @@ def test_what_workers_cannot_see_is_refused(cloud, earmark, tiny_checkpoint, arg
     arguments = [argument.format(checkpoint=tiny_checkpoint) for argument in arguments]
     if "--checkpoint" not in arguments:
         arguments += ["--checkpoint", "bundled"]
-    said = earmark(cloud.env, "annotate", *arguments, *PLACE, "--gpu", "none", code=2)
+    said = earmark(cloud.env, "annotate", *PLACE, *arguments, "--gpu", "none", code=2)
     assert message in said
+
+
+def test_overwrite_under_a_running_job_touches_nothing(cloud, launch):
+    with DataflowService(states=["JOB_STATE_RUNNING"] * 9) as service:
+        place = ("--gpu", "none", "--detach", "--dataflow_endpoint", service.url, "--no_auth")
+        launch("busy", *place)
+        before = cloud.names("out", "busy/")
+        said = launch("busy", *place, "--overwrite", code=2)
+        assert "is at work on gs://out/busy already" in said
+        assert cloud.names("out", "busy/") == before
 
 
 if __name__ == "__main__":

@@ -186,7 +186,9 @@ def test_a_worker_without_the_package_says_so(
     command = portable(shards, tmp_path / "tags", job_service, start_pool("bare"))
     done = run(*command, "--checkpoint", tiny_checkpoint)
     assert done.returncode == 1
-    assert "ModuleNotFoundError: No module named 'transforms'" in done.stdout
+    assert (
+        "ModuleNotFoundError: No module named 'pipeline'; the worker lacks earmark" in done.stdout
+    )
     assert "Traceback" not in done.stdout.splitlines()[-2]
     assert not list((tmp_path / "tags").rglob("clips/*.parquet"))
 
@@ -264,7 +266,7 @@ def portable(shards, output, job_service, pool):
     (command,) = (c for c in COMMANDS if c.startswith("earmark annotate demo/shards"))
     places = {
         "demo/shards": shards,
-        "tags": output,
+        "tags-portable": output,
         "localhost:8099": f"localhost:{job_service}",
         "localhost:50000": f"localhost:{pool}",
     }
