@@ -9,9 +9,12 @@ import platform
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import click
@@ -375,6 +378,60 @@ def test_the_self_test_requires_a_gpu_where_one_is_asked_for(monkeypatch):
 
 
 # ----------------------------------------------------------------- Flex Template
+
+
+def test_a_worker_of_beam_starts_there_and_does_the_job(environment, tmp_path, encoded, noise):
+    """The job through Beam's worker pool, each worker in the environment made from the lock file."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.wav").write_bytes(encoded(noise(8_000)))
+    pool_port, job_port = free_port(), free_port()
+    inside = os.environ | {"PATH": f"{environment}{os.pathsep}{os.environ['PATH']}"}
+    services = [
+        ["apache_beam.runners.worker.worker_pool_main", "--service_port", str(pool_port)],
+        ["apache_beam.runners.portability.local_job_service_main", "--port", str(job_port)],
+    ]
+    running = [
+        subprocess.Popen(
+            [environment / "python", "-m", *service], cwd=tmp_path, env=inside,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )
+        for service in services
+    ]  # fmt: skip
+    try:
+        for port in (pool_port, job_port):
+            wait_for_port(port)
+        done = subprocess.run(
+            [
+                environment / "earmark", "annotate", "in", "--output", "out",
+                "--runner", "PortableRunner", "--job_endpoint", f"localhost:{job_port}",
+                "--environment_type", "EXTERNAL", "--environment_config", f"localhost:{pool_port}",
+            ],
+            cwd=tmp_path, env=inside, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    finally:
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The output holds 1 clips, 1 scored and 0 failed." in done.stdout
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def wait_for_port(port, seconds=60):
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline, f"nothing listens on {port}"
+            time.sleep(0.1)
 
 
 @pytest.fixture
