@@ -225,7 +225,7 @@ def bigquery_external(schema: pa.Schema, table: str, uri: str) -> str:
     # No NOT NULL: it would promise of files what only a table of BigQuery's own can keep.
     columns = [f"{column.name} {sql_type(column.type, _BIGQUERY)}" for column in schema]
     return (
-        f"CREATE EXTERNAL TABLE `{table}` (\n{_lines(columns)}\n)\n"
+        f"CREATE OR REPLACE EXTERNAL TABLE `{table}` (\n{_lines(columns)}\n)\n"
         f"OPTIONS (\n{_parquet_options(uri)}\n);\n"
     )
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "docs" / "query.md").read_text("utf-8")
 BLOCKS = re.findall(r"```sql (\w+)\n(.*?)```", DOCUMENT, flags=re.DOTALL)
 PYTHON = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
-DEFINITION = re.compile(r"(CREATE EXTERNAL TABLE|CREATE TABLE|LOAD DATA)\b")
+DEFINITION = re.compile(r"(CREATE (?:OR REPLACE )?EXTERNAL TABLE|CREATE TABLE|LOAD DATA)\b")
 
 NO_MORE = {"chunks": False, "embeddings": False, "score_type": "float32"}
 EVERYTHING = {"chunks": True, "embeddings": True, "score_type": "float32"}
