@@ -16,18 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import apache_beam as beam
+from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     GoogleCloudOptions,
     PipelineOptions,
-    SetupOptions,
     StandardOptions,
     TestOptions,
     WorkerOptions,
 )
+from google.api_core.exceptions import GoogleAPICallError
+from google.auth.exceptions import GoogleAuthError
 
 from pipeline import __version__
 from pipeline.options import UsageError
+from transforms.meter import NAMESPACE
 
 NO_GPU = "none"
 BEAM_VERSION = beam.__version__
@@ -35,6 +38,8 @@ PYTHON_VERSION = ".".join(platform.python_version_tuple()[:2])
 
 # What the image is called that deploy/ builds; its tag names what must agree with the launcher.
 IMAGE_TAG = f"{__version__}-py{PYTHON_VERSION}-beam{BEAM_VERSION}"
+
+NO_ANSWER = (GoogleAPICallError, GoogleAuthError, OSError)  # of a service, in whatever way
 
 _POLL_S = 10.0
 _LOOKS_FOR_ERROR = 5
@@ -48,8 +53,6 @@ class Gpu:
 
     machines: dict[int, tuple[str, int]]  # GPUs -> (machine type, its vCPUs)
     dtype: str  # the fastest that keeps scores within 0.01 of float32
-    # The newest branch: torch's CUDA needs it, and not every machine type's default has it.
-    driver: str = "install-nvidia-driver:5xx"
 
 
 # One vCPU decodes about 175 clips/s of 44.1 kHz Vorbis, or 1,400 of 16 kHz FLAC. The machine
@@ -78,6 +81,9 @@ GPUS = {
         dtype="bfloat16",
     ),
 }  # fmt: skip
+
+# The newest branch: torch's CUDA needs it, and not every machine type's default has it.
+DRIVER = "install-nvidia-driver:5xx"
 
 CPU_MACHINE, CPU_VCPUS = "n2-standard-8", 8
 CPU_THREADS = 2
@@ -212,11 +218,10 @@ def settings(
                     "one process: one model, and no fight of torch's threads over the cores"),
         ]  # fmt: skip
     else:
-        driver = GPUS[workers.gpu].driver if workers.gpu in GPUS else "install-nvidia-driver"
         wanted += [
             Setting("disk_size_gb", "100", "the image with CUDA (about 10 GB), unpacked, and clips that wait on disk"),
             Setting("dataflow_service_options",
-                    f"worker_accelerator=type:{workers.gpu};count:{workers.count};{driver}",
+                    f"worker_accelerator=type:{workers.gpu};count:{workers.count};{DRIVER}",
                     "the GPU for the whole job: a resource hint on one step would cut read, decode, model and write apart"),
         ]  # fmt: skip
         if _has_mps(options):
@@ -280,15 +285,16 @@ def refuse_contradictions(gpu: str | None, options: PipelineOptions) -> None:
                 f"--machine_type {machine} comes with {holds[1]} {holds[0]}, and --gpu none leaves it idle: "
                 "leave one out"
             )
-        fits = holds == (kind, count) if holds else machine.startswith("n1-") and "tesla" in kind
-        if kind == "nvidia-tesla-a100":
-            fits = holds == (kind, count)
-        if kind != NO_GPU and not fits:
-            what = f"comes with {holds[1]} {holds[0]}" if holds else "cannot hold it"
-            raise UsageError(
-                f"--machine_type {machine} and --gpu {gpu} do not fit: the machine {what}; for this GPU "
-                f"expected such as {GPUS[kind].machines[count][0]}"
-            )
+        if kind != NO_GPU:
+            usual = GPUS[kind].machines[count][0]
+            # To an N1 a GPU is attached; the other families come with theirs.
+            attached = usual.startswith("n1-")
+            if not (machine.startswith("n1-") if attached else holds == (kind, count)):
+                what = f"comes with {holds[1]} {holds[0]}" if holds else "cannot hold it"
+                raise UsageError(
+                    f"--machine_type {machine} and --gpu {gpu} do not fit: the machine {what}; for this "
+                    f"GPU expected such as {usual}"
+                )
     image = options.view_as(WorkerOptions).sdk_container_image
     if image:
         refuse_other_versions(image, versions_of_tag(image))
@@ -299,9 +305,8 @@ def accelerators_of(machine: str) -> tuple[str, int] | None:
 
     Compute Engine's GPU machine types: https://cloud.google.com/compute/docs/gpus
     """
-    if machine.startswith("g2-standard-"):
-        vcpus = int(machine.rpartition("-")[2])
-        return "nvidia-l4", {24: 2, 48: 4, 96: 8}.get(vcpus, 1)
+    if l4 := re.match(r"g2-(?:standard|custom)-(\d+)", machine):
+        return "nvidia-l4", {24: 2, 48: 4, 96: 8}.get(int(l4.group(1)), 1)
     for kind, gpu in GPUS.items():
         for count, (known, _) in gpu.machines.items():
             if known == machine and not machine.startswith("n1-"):
@@ -335,28 +340,9 @@ def versions_of_tag(image: str) -> dict[str, str]:
     return found
 
 
-def apply(decided: list[Setting], options: PipelineOptions) -> None:
-    """Puts the settings that were not given by hand into `options`."""
-    for setting in decided:
-        if setting.by_hand:
-            continue
-        if setting.option == "dataflow_service_options":
-            cloud = options.view_as(GoogleCloudOptions)
-            cloud.dataflow_service_options = [
-                *(cloud.dataflow_service_options or []),
-                setting.value,
-            ]
-        elif setting.option == "experiments":
-            options.view_as(DebugOptions).add_experiment(setting.value)
-        else:
-            view = next(
-                options.view_as(group)
-                for group in (GoogleCloudOptions, WorkerOptions, SetupOptions, DebugOptions)
-                if setting.option in options.view_as(group)._visible_option_list()
-            )
-            numeric = setting.option in ("disk_size_gb", "number_of_worker_harness_threads")
-            setattr(view, setting.option, int(setting.value) if numeric else setting.value)
-    options.view_as(SetupOptions).save_main_session = False
+def flags(decided: list[Setting]) -> list[str]:
+    """The settings that were not given by hand, as Beam's command line has them."""
+    return [f"--{setting.option}={setting.value}" for setting in decided if not setting.by_hand]
 
 
 def job_description(root: beam.Pipeline, options: PipelineOptions) -> dict[str, Any]:
@@ -393,8 +379,6 @@ def refuse_second_job(output: str, options: PipelineOptions) -> None:
     is stopped: the first to publish a shard's file wins all the same.
     """
     from apache_beam.runners.dataflow.internal import apiclient
-    from google.api_core.exceptions import GoogleAPICallError
-    from google.auth.exceptions import GoogleAuthError
     from google.cloud import dataflow
 
     cloud = options.view_as(GoogleCloudOptions)
@@ -413,7 +397,7 @@ def refuse_second_job(output: str, options: PipelineOptions) -> None:
                     f"the job {job.id} is at work on {output} already: wait for it ({places.console}), or "
                     f"cancel it with: {places.cancel}"
                 )
-    except (GoogleAPICallError, GoogleAuthError, OSError):
+    except NO_ANSWER:
         return
 
 
@@ -423,8 +407,6 @@ def submit(root: beam.Pipeline) -> Any:
     Raises:
         JobRefused: Dataflow answered with an error; its own sentence is in the message.
     """
-    from google.api_core.exceptions import GoogleAPICallError
-    from google.auth.exceptions import GoogleAuthError
 
     try:
         return root.run()
@@ -481,14 +463,12 @@ def wait(
 
 
 def _states(result: Any, places: Places) -> Iterator[str]:
-    from google.api_core.exceptions import GoogleAPICallError
-    from google.auth.exceptions import GoogleAuthError
 
     unanswered = 0
     while True:
         try:
             state = result.state
-        except (GoogleAPICallError, GoogleAuthError, OSError) as error:
+        except NO_ANSWER as error:
             unanswered += 1
             if unanswered >= _UNANSWERED:
                 raise JobFailed(
@@ -527,15 +507,9 @@ class Places:
 
 def counters(result: Any) -> dict[str, int]:
     """Earmark's counters of a job so far, those of all workers together; empty while there are none."""
-    from apache_beam.metrics import MetricsFilter
-    from google.api_core.exceptions import GoogleAPICallError
-    from google.auth.exceptions import GoogleAuthError
-
-    from transforms.meter import NAMESPACE
-
     try:
         found = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))["counters"]
-    except (GoogleAPICallError, GoogleAuthError, OSError):  # the next look will tell
+    except NO_ANSWER:  # the next look will tell
         return {}
     return {counter.key.metric.name: counter.result or 0 for counter in found}
 
@@ -556,7 +530,6 @@ def last_error(result: Any) -> str | None:
 
 
 def _error_messages(result: Any) -> Iterator[str]:
-    from google.api_core.exceptions import GoogleAPICallError
 
     token = None
     while True:
@@ -564,7 +537,7 @@ def _error_messages(result: Any) -> Iterator[str]:
             messages, token = result._runner.dataflow_client.list_messages(
                 result.job_id(), page_token=token, minimum_importance="JOB_MESSAGE_ERROR"
             )
-        except GoogleAPICallError:
+        except NO_ANSWER:
             return
         yield from (
             message.message_text

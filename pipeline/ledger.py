@@ -214,7 +214,11 @@ def refuse_other_divisions(
 
 
 def sum_up(
-    output: Output, finished_before: set[str], wall_s: float, metrics: dict[str, Any]
+    output: Output,
+    finished: set[str],
+    finished_before: set[str],
+    wall_s: float,
+    metrics: dict[str, Any],
 ) -> tuple[ShardSummary, ShardSummary]:
     """(totals of the output, those of this run): adds up all footers, and writes `summary.json`.
 
@@ -223,7 +227,7 @@ def sum_up(
     """
     making = json.loads(output.read(RUN_FILE) or b"{}").get("fingerprint")
     total, now = ShardSummary(), ShardSummary()
-    shards = sorted(finished_shards(output))
+    shards = sorted(finished)
     for shard_id, (summary, made) in zip(shards, _summaries(output, shards), strict=True):
         if made != making:
             raise ValueError(

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.options import AnnotateOptions, UsageError
 from transforms.meter import Meter
 from transforms.records import Shard
 from transforms.shards import find_shards, limit_shards, pack_shards, unpack_shards
-from transforms.storage import Access, is_local, read_all
+from transforms.storage import Access, read_all
 
 
 @dataclass
@@ -48,9 +47,10 @@ def plan_inputs(
 ) -> Planned:
     """Goes through the shards once; only packed ones stay in memory."""
     planned = Planned()
-    limits: list[int | None] = []
+    clips = 0
 
     def unfinished() -> Iterator[Shard]:
+        nonlocal clips
         for shard in shards_of(inputs, options, access, planned.ignored, meter):
             planned.size_bytes += shard.size_bytes
             if shard.kind != "tar":
@@ -60,12 +60,12 @@ def plan_inputs(
                 continue
             planned.todo.shards += 1
             planned.todo.size_bytes += shard.size_bytes
-            limits.append(shard.max_clips) if options.limit is not None else None
+            clips += shard.max_clips or 0
             yield shard
 
     planned.todo.packets.extend(pack_shards(unfinished()))
     if options.limit is not None:
-        planned.todo.max_clips = sum(limit or 0 for limit in limits)
+        planned.todo.max_clips = clips
     return planned
 
 
@@ -77,10 +77,9 @@ def shards_of(
     meter: Meter | None = None,
 ) -> Iterator[Shard]:
     """The shards of the inputs, up to the limit."""
-    leave_out = options.output
-    if is_local(leave_out):
-        leave_out = str(Path(leave_out).absolute())
-    found = find_shards(inputs, ignored, options.files_per_shard, access, meter, leave_out)
+    found = find_shards(
+        inputs, ignored, options.files_per_shard, access, meter, leave_out=options.output
+    )
     return iter(limit_shards(found, options.limit, access)) if options.limit else found
 
 

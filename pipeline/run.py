@@ -25,7 +25,6 @@ from apache_beam.options.pipeline_options import (
     SetupOptions,
     StandardOptions,
     TestOptions,
-    WorkerOptions,
 )
 
 from pipeline import __version__, dataflow, ledger
@@ -136,32 +135,25 @@ def prepare(options: AnnotateOptions) -> Job:
     remote = _runner_of(beam_options) == "dataflow"
     settings: list[dataflow.Setting] = []
     notes: list[str] = []
-    urls = (options.output, *options.inputs, *options.inputs_from, options.checkpoint)
-    if (options.kms_key or options.billing_project) and not any(
-        url.startswith(CLOUD_STORAGE) for url in urls
-    ):
-        raise UsageError("--kms-key and --billing-project are for gs://, and nothing here is there")
-    if options.kms_key and not options.output.startswith(CLOUD_STORAGE):
-        raise UsageError(
-            f"--kms-key is for an output in gs://, and {options.output!r} is not there"
-        )
+    _refuse_cloud_options_elsewhere(options)
     access, meter = Access(options.billing_project, options.kms_key), Meter()
     try:
         if remote:
             workers, settings, notes = _prepare_dataflow(options, beam_options)
-        else:
-            empty_pipeline(beam_options)  # where a runner's name is misspelt, this says so
+            flags = dataflow.flags(settings)
+            beam_options = _beam_options((*options.beam, *flags), options.dry_run)
+        # Beam checks its options, a runner's misspelt name among them, when a pipeline is made.
+        empty_pipeline(beam_options)
+        if not remote:
             _refuse_for_local(options)
             workers, notes = _choose_device(options, _runner_of(beam_options))
-        empty_pipeline(beam_options)  # Beam checks its options when a pipeline is made
         checkpoint = _read_checkpoint(options.checkpoint, access)
         thresholds = _thresholds(options, checkpoint, access)
-        output = open_output(options.output, access, meter)
     except (CheckpointError, DeviceError) as error:
         raise UsageError(str(error)) from error
+    try:
+        output = open_output(options.output, access, meter)
     except (ImportError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise UsageError(f"--output {options.output!r} cannot be used: {error}") from error
 
     run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype)
@@ -232,8 +224,6 @@ def execute(
             root = empty_pipeline(job.beam_options)
             annotate(root, job.todo, annotation)
             if job.on_dataflow:
-                if job.template is None:
-                    dataflow.refuse_second_job(job.options.output, job.beam_options)
                 result = dataflow.submit(root)
                 if not result.has_job:  # --template_location: there is a file, and no job
                     return None
@@ -249,8 +239,8 @@ def execute(
     wall_s = time.monotonic() - started
     if isinstance(job.output, LocalOutput):
         _remove_abandoned(job.output)
-    total, now = ledger.sum_up(job.output, job.finished, wall_s, metrics)
     published = ledger.finished_shards(job.output)
+    total, now = ledger.sum_up(job.output, published, job.finished, wall_s, metrics)
     missing = sum(shard.id not in published for shard in job.todo)
     if missing:
         raise dataflow.JobFailed(
@@ -312,7 +302,8 @@ def metrics_of(result: Any, here: dict[str, int]) -> dict[str, Any]:
 
     try:
         found = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))
-    except Exception as error:  # a runner that has none, or a service that does not answer
+    except (NotImplementedError, AttributeError, *dataflow.NO_ANSWER) as error:
+        # A runner that has none, or a service that does not answer.
         logger.info("no metrics: %s", error)
         return dict(here)
     counters = Counter({c.key.metric.name: c.result for c in found["counters"]})
@@ -371,8 +362,7 @@ def _prepare_dataflow(
     began = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     job_name = f"{dataflow.name_of(options.output)}-{began}"
     settings = dataflow.settings(workers, options.output, job_name, beam_options)
-    dataflow.apply(settings, beam_options)
-    image = beam_options.view_as(WorkerOptions).sdk_container_image
+    image = next(s.value for s in settings if s.option == "sdk_container_image")
     try:
         inside = image_versions(image)
         _refuse_other_student(options.checkpoint, inside.pop("checkpoint", None), image)
@@ -422,6 +412,17 @@ def _refuse_for_local(options: AnnotateOptions) -> None:
             raise UsageError(
                 f"{name} is for --runner DataflowRunner; here, --device says what to use"
             )
+
+
+def _refuse_cloud_options_elsewhere(options: AnnotateOptions) -> None:
+    urls = (options.output, *options.inputs, *options.inputs_from, options.checkpoint)
+    in_cloud = any(url.startswith(CLOUD_STORAGE) for url in urls)
+    if (options.kms_key or options.billing_project) and not in_cloud:
+        raise UsageError("--kms-key and --billing-project are for gs://, and nothing here is there")
+    if options.kms_key and not options.output.startswith(CLOUD_STORAGE):
+        raise UsageError(
+            f"--kms-key is for an output in gs://, and {options.output!r} is not there"
+        )
 
 
 def _refuse_local_inputs(inputs: tuple[str, ...]) -> None:

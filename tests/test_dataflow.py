@@ -34,8 +34,8 @@ def job_of(gpu, *given):
     options = options_of("--no_auth", *given)
     workers = dataflow.choose_workers(gpu, "auto", options)
     decided = dataflow.settings(workers, "gs://out/tags", "earmark-test", options)
-    dataflow.apply(decided, options)
     dataflow.refuse_contradictions(gpu, options)
+    options = options_of("--no_auth", *given, *dataflow.flags(decided))
     shard = Shard("a-0123456789ab", "gs://in/a.tar", "tar", 1_000)
     todo = Todo(list(pack_shards([shard])), 1, 1_000)
     rows = RowOptions(thresholds=(0.2,) * 527)
@@ -133,7 +133,8 @@ def test_a_resource_hint_by_hand_is_on_the_whole_job_and_breaks_no_fusion():
     options = options_of(*given)
     workers = dataflow.choose_workers(None, "auto", options)
     assert workers == dataflow.Workers("nvidia-l4", 1, "cuda", "bfloat16")
-    dataflow.apply(dataflow.settings(workers, "gs://out/tags", "earmark-test", options), options)
+    decided = dataflow.settings(workers, "gs://out/tags", "earmark-test", options)
+    options = options_of(*given, *dataflow.flags(decided))
     assert not options.get_all_options()["dataflow_service_options"]
     root = beam.Pipeline(options=options)
     annotation = Annotation("bundled", "w", "c", "cuda", "bfloat16", "max", RowOptions((0.2,)), "gs://out", "{}")  # fmt: skip
@@ -186,6 +187,7 @@ def test_the_work_on_a_shard_is_one_step():
         ("nvidia-l4", ["--machine_type=g2-standard-48"], "comes with 4 nvidia-l4"),
         ("nvidia-tesla-a100", ["--machine_type=a2-ultragpu-1g"], "comes with 1 nvidia-a100-80gb"),
         ("none", ["--machine_type=g2-standard-8"], "--gpu none leaves it idle"),
+        ("nvidia-l4", ["--machine_type=g2-standard-x"], "the machine cannot hold it"),
         (None, ["--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:2;use_nvidia_mps"], "count is 2"),
         ("nvidia-l4", ["--sdk_container_image=gcr.io/p/earmark:0.1.0-py3.9-beam2.77.0"], "has python 3.9"),
         ("nvidia-l4", ["--sdk_container_image=gcr.io/p/earmark:0.1.0-py3.11-beam2.50.0"], "has beam 2.50.0"),

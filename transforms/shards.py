@@ -93,10 +93,19 @@ def find_shards(
     Raises:
         InputError: a pattern matches nothing that earmark reads.
     """
-    seen: set[str] = set()  # ids, so that overlapping inputs give no shard twice
+    seen: set[str] = set()  # shard ids and files, so that overlapping inputs give none twice
     loose: dict[str, dict[str, StoredFile]] = {}  # root -> relative path -> file
     flushed: Counter[str] = Counter()  # root -> shards of loose files yielded already
-    taken: set[str] = set()  # audio files, so that overlapping inputs give no file twice
+    in_order = False
+
+    def is_new(name: str) -> bool:
+        if in_order:
+            return True
+        known = name in seen
+        seen.add(name)
+        return not known
+
+    output = leave_out and f"{_uri(*_file_system(leave_out, access))}/"
     for pattern in patterns:
         if not pattern:
             raise InputError("an input is an empty string; is a shell variable unset?")
@@ -110,7 +119,7 @@ def find_shards(
         looked_at = False  # into a Parquet file that this pattern names
         for root, file, named in _matches(fs, path, pattern, access, meter):
             uri = _uri(fs, file.path)
-            if leave_out is not None and uri.startswith(f"{leave_out.rstrip('/')}/"):
+            if output and uri.startswith(output):
                 continue
             if file.path.lower().endswith(TAR_SUFFIXES):
                 shards = [Shard(_id(uri), uri, "tar", file.size, checksum=file.checksum)]
@@ -128,25 +137,18 @@ def find_shards(
                     continue
             elif named or is_audio(file.path):
                 shards = []
-                if in_order or uri not in taken:
-                    if not in_order:
-                        taken.add(uri)
-                    files = loose.setdefault(_uri(fs, root), {})
+                if is_new(uri):
+                    url = _uri(fs, root)
+                    files = loose.setdefault(url, {})
                     files[_below(root, file.path)] = file
                     if in_order and len(files) == files_per_shard:
-                        url = _uri(fs, root)
-                        yield _file_shard(url, flushed[url], loose.pop(url), remote)
+                        shards = [_file_shard(url, flushed[url], loose.pop(url), remote)]
                         flushed[url] += 1
             else:
                 passed_over[posixpath.splitext(file.path)[1] or "no suffix"] += 1
                 continue
             found += 1
-            for shard in shards:
-                if in_order:
-                    yield shard
-                elif shard.id not in seen:
-                    seen.add(shard.id)
-                    yield shard
+            yield from (shard for shard in shards if is_new(shard.id))
         if not found:
             only = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.most_common(5))
             raise InputError(
