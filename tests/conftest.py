@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -126,16 +127,44 @@ def make_tar() -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
-def earmark(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """Runs `earmark` in this process with `env`, and gives what it prints."""
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the repository holds, as a checkout elsewhere would."""
+    copy = tmp_path_factory.mktemp("source")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPO, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (REPO / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((REPO / name).read_bytes())
+    return copy
 
-    def run(env: Mapping[str, str], *arguments: object, code: int = 0) -> str:
+
+@pytest.fixture
+def lead_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Mapping[str, str]], None]]:
+    """Leads this process's clients of the cloud to a stand-in, by its `env`."""
+
+    def lead(env: Mapping[str, str]) -> None:
         for name, value in env.items():
             monkeypatch.setenv(name, value)
         if "GCE_METADATA_HOST" in env:  # which google-auth read when it was imported, once
             monkeypatch.setattr(_metadata, "_GCE_METADATA_HOST", env["GCE_METADATA_HOST"])
         storage.forget_clients()
+
+    yield lead
+    storage.forget_clients()
+
+
+@pytest.fixture
+def earmark(
+    tiny_checkpoint: Path, lead_to: Callable[[Mapping[str, str]], None]
+) -> Callable[..., str]:
+    """Runs `earmark` in this process with `env`, and gives what it prints."""
+
+    def run(env: Mapping[str, str], *arguments: object, code: int = 0) -> str:
+        lead_to(env)
         command = [str(argument) for argument in arguments]
         if command[0] == "annotate" and "--checkpoint" not in command:
             command += ["--checkpoint", str(tiny_checkpoint)]
@@ -144,5 +173,4 @@ def earmark(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         assert "Traceback" not in done.output
         return done.output
 
-    yield run
-    storage.forget_clients()
+    return run

@@ -16,7 +16,6 @@ from click.testing import CliRunner
 
 from bench.stand_ins import CloudStorage, Faults, S3Server
 from pipeline.cli import cli
-from transforms import storage
 from transforms.read import read_clips
 from transforms.shards import plan_shards
 
@@ -277,13 +276,10 @@ def test_the_same_job_on_s3(earmark_alone, tars, expected):
 
 
 @pytest.fixture
-def found(cloud, monkeypatch):
+def found(cloud, lead_to):
     """Finds the shards of a URL, as a run does before it begins."""
-    for name, value in cloud.env.items():
-        monkeypatch.setenv(name, value)
-    storage.forget_clients()
-    yield lambda url: plan_shards([url]).shards
-    storage.forget_clients()
+    lead_to(cloud.env)
+    return lambda url: plan_shards([url]).shards
 
 
 def test_a_loose_file_that_is_replaced_is_not_cut_to_its_old_length(cloud, found, encoded, noise):

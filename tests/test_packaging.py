@@ -21,21 +21,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 CONSTRAINTS = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A copy of what the repository holds, as a checkout elsewhere would."""
-    copy = tmp_path_factory.mktemp("source")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes((ROOT / name).read_bytes())
-    return copy
-
-
 def files_of_packages():
     packages = ("pipeline", "student", "training", "transforms")
     kept = [file for package in packages for file in (ROOT / package).rglob("*") if file.is_file()]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -32,22 +31,13 @@ WAIT_S = 120  # for what takes a few seconds on a machine that has nothing else 
 
 
 @pytest.fixture(scope="module")
-def environments(tmp_path_factory):
+def environments(tmp_path_factory, source):
     """Two environments with all dependencies: `wheel` has the package, `bare` has not.
 
     The dependencies are those of this environment, lent through a .pth file. The .pth
     files among them are not read, so that an editable install of the checkout stays behind.
     """
     folder = tmp_path_factory.mktemp("portable")
-    source = folder / "source"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "--quiet"]
     subprocess.run(
         [*pip, "wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", folder, source],

@@ -552,18 +552,17 @@ def running() -> Iterator[CloudStorage]:
 
 
 @pytest.fixture
-def cloud(running: CloudStorage, monkeypatch: pytest.MonkeyPatch) -> Iterator[CloudStorage]:
+def cloud(
+    running: CloudStorage, monkeypatch: pytest.MonkeyPatch, lead_to: Callable[..., None]
+) -> CloudStorage:
     """Cloud Storage without faults, its log empty, and the clients of this process led to it."""
     for name in running.names("in"):
         running.delete("in", name)
     running.faults = None
     running.requests.clear()
-    for name, value in running.env.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
-    storage.forget_clients()
-    yield running
-    storage.forget_clients()
+    lead_to(running.env)
+    return running
 
 
 TREE = [

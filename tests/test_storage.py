@@ -739,18 +739,15 @@ def running():
 
 
 @pytest.fixture
-def cloud(running, monkeypatch):
+def cloud(running, monkeypatch, lead_to):
     """Cloud Storage without faults, its log empty, and the clients of this process led to it."""
     running.faults = None
     running.deny.clear()
     running.requester_pays.clear()
     running.requests.clear()
-    for name, value in running.env.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.001)
-    storage.forget_clients()
-    yield running
-    storage.forget_clients()
+    lead_to(running.env)
+    return running
 
 
 ODD_NAMES = [
