@@ -47,18 +47,15 @@ def running():
 
 
 @pytest.fixture
-def cloud(running, monkeypatch):
+def cloud(running, lead_to):
     """Cloud Storage, empty, without faults, its log empty; the clients of this process led to it."""
     running.faults = None
     running.deny.clear()
     for name in running.names("out"):
         running.delete("out", name)
     running.requests.clear()
-    for name, value in running.env.items():
-        monkeypatch.setenv(name, value)
-    storage.forget_clients()
-    yield running
-    storage.forget_clients()
+    lead_to(running.env)
+    return running
 
 
 @pytest.fixture(scope="module")
