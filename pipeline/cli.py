@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import sys
 from typing import Any
@@ -11,11 +9,11 @@ from typing import Any
 import click
 
 from pipeline import __version__
+from pipeline.distill import distill
+from pipeline.evaluate import evaluate
 from pipeline.options import AnnotateOptions, UsageError, split_beam_options
-
-EXIT_FAILURES = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+from pipeline.retag import retag
+from pipeline.terminal import EXIT_FAILURES, EXIT_INTERRUPTED, errors_said, quiet
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,7 +66,7 @@ def cli() -> None:
 @click.option(
     "--thresholds",
     metavar="FILE",
-    help="JSON of label name or mid to the score from which it is a tag.",
+    help="JSON of label name or mid to the score from which it is a tag, or what earmark evaluate --thresholds wrote.",
 )
 @click.option(
     "--top-k",
@@ -160,8 +158,8 @@ def annotate(
     a URL (gs://, s3://).
     """
     own = [name for parameter in context.command.params for name in parameter.opts]
-    _quiet(verbose)
-    with _errors(verbose):
+    quiet(verbose)
+    with errors_said(verbose):
         paths, beam = split_beam_options(inputs, own)
         if not paths and not options["inputs_from"]:
             raise UsageError("Missing argument 'INPUT...'.")
@@ -178,8 +176,8 @@ def demo(folder: str, verbose: bool) -> None:
     """
     from pathlib import Path
 
-    _quiet(verbose)
-    with _errors(verbose):
+    quiet(verbose)
+    with errors_said(verbose):
         from rich.console import Console
 
         from pipeline.demo import show_truth, write_demo_shards
@@ -238,7 +236,7 @@ def schema(
     from pipeline.schema import table_definition
     from transforms.storage import Access, read_all
 
-    with _errors(verbose=False):
+    with errors_said(verbose=False):
         url = f"{output.rstrip('/')}/run.json"
         try:
             run = json.loads(read_all(url, Access(billing_project)))
@@ -251,6 +249,11 @@ def schema(
             click.echo(table_definition(run, output, dialect, table, dataset), nl=False)
         except ValueError as error:
             raise UsageError(str(error)) from error
+
+
+cli.add_command(distill)
+cli.add_command(evaluate)
+cli.add_command(retag)
 
 
 def _run(options: AnnotateOptions) -> None:
@@ -306,58 +309,6 @@ def _rehearse(job: Any, out: Any) -> None:
             raise UsageError(
                 f"--job-file {job.options.job_file!r} cannot be written: {error.strerror}"
             ) from error
-
-
-@contextlib.contextmanager
-def _errors(verbose: bool) -> Any:
-    """Turns what went wrong into one sentence and an exit code."""
-    try:
-        yield
-    except UsageError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(EXIT_USAGE)
-    except (KeyboardInterrupt, Exception) as error:
-        if _was_interrupted(error):
-            # What was interrupted while it waited for a job elsewhere says so itself.
-            said = (
-                str(error)
-                if str(error).startswith("Stopped")
-                else ("Stopped. Finished shards are kept: run the same command again to go on.")
-            )
-            click.echo(said, err=True)
-            sys.exit(EXIT_INTERRUPTED)
-        if verbose:
-            raise
-        if type(error).__name__ in ("JobRefused", "JobFailed"):
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(EXIT_FAILURES)
-        first = (str(error).strip().splitlines() or [""])[0]
-        click.echo(
-            f"Error: the run stopped: {type(error).__name__}: {first}\n"
-            "Finished shards are kept: run the same command again to go on, with --verbose to see more.",
-            err=True,
-        )
-        sys.exit(EXIT_FAILURES)
-
-
-def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error; Beam wraps it into one of its own."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt) or str(error).startswith("KeyboardInterrupt"):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _quiet(verbose: bool) -> None:
-    """Leaves the terminal to what earmark says, unless `verbose`."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
-    if not verbose:
-        # Beam logs the traceback of what `_errors` says in a sentence.
-        logging.getLogger("apache_beam").setLevel(logging.CRITICAL + 1)
-    # A progress bar of the hub's own is welcome only where someone watches.
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def main() -> None:

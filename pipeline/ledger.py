@@ -7,7 +7,7 @@ import io
 import json
 import platform
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from pipeline import __version__
 from pipeline.options import AnnotateOptions, UsageError
+from pipeline.thresholds import Thresholds
 from student.checkpoint import Checkpoint
-from student.labels import ancestors, audioset_ontology
+from student.labels import Label, ancestors, audioset_ontology
 from transforms.decode import RESAMPLE_QUALITY
 from transforms.output import Output, publish_bytes, remove_output
 from transforms.records import Shard, as_text
@@ -47,7 +48,7 @@ LABELS_SCHEMA = pa.schema(
 
 
 def describe_run(
-    options: AnnotateOptions, checkpoint: Checkpoint, thresholds: tuple[float, ...], dtype: str
+    options: AnnotateOptions, checkpoint: Checkpoint, thresholds: Thresholds, dtype: str
 ) -> dict[str, Any]:
     """What made an output: `run.json`, and the metadata of each of its files.
 
@@ -58,13 +59,13 @@ def describe_run(
         "earmark": __version__,
         "weights_sha256": checkpoint.weights_sha256,
         "config_sha256": checkpoint.config_sha256,
-        "labels": _digest([asdict(label) for label in checkpoint.labels]),
+        "labels": labels_digest(checkpoint.labels),
         "features": asdict(checkpoint.features),
         "dtype": dtype,
         "resample": f"soxr {RESAMPLE_QUALITY}",
         "chunk_samples": checkpoint.features.chunk_samples,
         "pool": options.pool,
-        "thresholds": _digest(thresholds) if len(set(thresholds)) > 1 else thresholds[0],
+        "thresholds": thresholds_digest(thresholds),
         "top_k": options.top_k,
         "score_type": options.score_type,
         "chunks": options.chunks,
@@ -74,7 +75,7 @@ def describe_run(
     return {
         "earmark": __version__,
         "id": uuid.uuid4().hex,  # of this beginning: --overwrite gives another, resuming does not
-        "fingerprint": _digest(scoring),
+        "fingerprint": digest(scoring),
         "checkpoint": {
             "name": as_text(checkpoint.name),
             "weights_sha256": checkpoint.weights_sha256,
@@ -96,7 +97,17 @@ def describe_run(
     }  # fmt: skip
 
 
-def labels_parquet(checkpoint: Checkpoint, thresholds: tuple[float, ...]) -> bytes:
+def labels_digest(labels: Sequence[Label]) -> str:
+    """A hash of a checkpoint's labels: index, mid and name of each."""
+    return digest([asdict(label) for label in labels])
+
+
+def thresholds_digest(thresholds: Thresholds) -> Any:
+    """Thresholds in a `run.json`: the number where they are equal, else a hash of all."""
+    return digest(thresholds) if len(set(thresholds)) > 1 else thresholds[0]
+
+
+def labels_parquet(labels: Sequence[Label], thresholds: Thresholds) -> bytes:
     """`labels.parquet`: what each index of `scores` means, with AudioSet's ontology above it."""
     ontology = audioset_ontology()
 
@@ -112,7 +123,7 @@ def labels_parquet(checkpoint: Checkpoint, thresholds: tuple[float, ...]) -> byt
             "parents": names(ontology[label.mid].parent_mids) if label.mid in ontology else [],
             "ancestors": names(ancestors(label.mid)),
         }
-        for label, threshold in zip(checkpoint.labels, thresholds, strict=True)
+        for label, threshold in zip(labels, thresholds, strict=True)
     ]
     file = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, LABELS_SCHEMA), file, compression="zstd")
@@ -169,10 +180,10 @@ def empty(output: Output) -> None:
         remove_output(output, CLIPS_FOLDER, (LABELS_FILE, SUMMARY_FILE, RUN_FILE))
 
 
-def write_labels(output: Output, checkpoint: Checkpoint, thresholds: tuple[float, ...]) -> None:
+def write_labels(output: Output, labels: Sequence[Label], thresholds: Thresholds) -> None:
     """Publishes `labels.parquet`, unless it is there."""
     if output.read(LABELS_FILE) is None:
-        publish_bytes(output, LABELS_FILE, labels_parquet(checkpoint, thresholds))
+        publish_bytes(output, LABELS_FILE, labels_parquet(labels, thresholds))
 
 
 def finished_shards(output: Output) -> set[str]:
@@ -283,5 +294,6 @@ def _shown(value: Any) -> str:
     return f'{text[:13]}..."' if len(text) > 60 and isinstance(value, str) else text
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """A hash of anything that JSON can hold: SHA-256, hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -31,15 +31,16 @@ from pipeline import __version__, dataflow, ledger
 from pipeline.image import ImageUnknown, image_versions
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
 from pipeline.plan import Todo, named_inputs, plan_inputs, shards_of
+from pipeline.thresholds import Thresholds, asked_thresholds
 from student import BUNDLED
-from student.checkpoint import Checkpoint, CheckpointError, parse_thresholds, read_checkpoint
+from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from student.model import DeviceError, choose_device, choose_dtype
 from transforms.annotate import AnnotateShards, Annotation, local_checkpoint
 from transforms.meter import NAMESPACE, Meter
 from transforms.output import LocalOutput, Output, open_output, remove_abandoned
 from transforms.records import Shard
 from transforms.shards import InputError, unpack_shards
-from transforms.storage import CLOUD_STORAGE, Access, is_local, read_all
+from transforms.storage import CLOUD_STORAGE, Access, is_local
 from transforms.write import CLIPS_FOLDER, RowOptions, ShardSummary
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,10 @@ class Job:
     options: AnnotateOptions
     beam_options: PipelineOptions
     checkpoint: Checkpoint
-    thresholds: tuple[float, ...]
+    thresholds: Thresholds
     workers: dataflow.Workers  # what they compute on, here or there
     settings: list[dataflow.Setting]  # what a Dataflow job is set to; else empty
-    notes: list[str]  # what could not be checked
+    notes: list[str]  # what could not be checked, or is odd
     todo: Todo
     size_bytes: int  # of all inputs
     ignored: Counter[str]  # files that are no audio, by suffix
@@ -148,7 +149,7 @@ def prepare(options: AnnotateOptions) -> Job:
             _refuse_for_local(options)
             workers, notes = _choose_device(options, _runner_of(beam_options))
         checkpoint = _read_checkpoint(options.checkpoint, access)
-        thresholds = _thresholds(options, checkpoint, access)
+        thresholds, said = _thresholds(options, checkpoint, access)
     except (CheckpointError, DeviceError) as error:
         raise UsageError(str(error)) from error
     try:
@@ -156,6 +157,7 @@ def prepare(options: AnnotateOptions) -> Job:
     except (ImportError, ValueError) as error:
         raise UsageError(f"--output {options.output!r} cannot be used: {error}") from error
 
+    notes = [*notes, *said]
     run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype)
     inputs = named_inputs(options, access)
     if remote:
@@ -184,7 +186,7 @@ def prepare(options: AnnotateOptions) -> Job:
         if not options.dry_run:
             # Only now: an input that cannot be used leaves no trace.
             claimed = ledger.claim(output, options.output, run)
-            ledger.write_labels(output, checkpoint, thresholds)
+            ledger.write_labels(output, checkpoint.labels, thresholds)
     except InputError as error:
         raise UsageError(str(error)) from error
     except OSError as error:
@@ -513,24 +515,12 @@ def _read_checkpoint(checkpoint: str, access: Access) -> Checkpoint:
 
 def _thresholds(
     options: AnnotateOptions, checkpoint: Checkpoint, access: Access
-) -> tuple[float, ...]:
-    if options.threshold is not None and options.thresholds is not None:
-        raise UsageError("--threshold and --thresholds both say when a score is a tag: give one")
-    if options.threshold is not None:
-        return (options.threshold,) * len(checkpoint.labels)
-    if options.thresholds is None:
-        return checkpoint.thresholds
-    try:
-        stated = json.loads(read_all(options.thresholds, access))
-    except (OSError, ValueError, ImportError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"--thresholds {options.thresholds!r} cannot be read: {reason}") from error
-    if not isinstance(stated, dict):
-        raise UsageError(
-            f"--thresholds {options.thresholds!r} holds a JSON {type(stated).__name__}, expected an object of "
-            "label name or mid to number"
-        )
-    return parse_thresholds(stated, checkpoint.labels, options.thresholds)
+) -> tuple[Thresholds, list[str]]:
+    """The thresholds, and what is to be said about them."""
+    asked = asked_thresholds(
+        options.threshold, options.thresholds, checkpoint.labels, checkpoint.weights_sha256, access
+    )
+    return asked or (checkpoint.thresholds, list(checkpoint.warnings))
 
 
 def _remove_abandoned(output: LocalOutput) -> None:

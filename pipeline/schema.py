@@ -114,7 +114,7 @@ _LABELS_DESCRIPTIONS = {
     "index": "Position in scores, from 0",
     "mid": "AudioSet machine id, null for a label that is not AudioSet's",
     "name": "Display name",
-    "threshold": "Score from which the label is a tag in this output",
+    "threshold": "Score from which the label is a tag in this output; null: never",
     "parents": "Names directly above it in the AudioSet ontology",
     "ancestors": "All names above it, nearest first",
 }
@@ -146,7 +146,7 @@ def clips_schema_of(run: Mapping[str, Any]) -> pa.Schema:
 
 def labels_schema() -> pa.Schema:
     """The columns of `labels.parquet`."""
-    from pipeline.ledger import LABELS_SCHEMA  # loads torch
+    from pipeline.ledger import LABELS_SCHEMA
 
     return LABELS_SCHEMA
 

@@ -12,17 +12,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from student import BUNDLED
-from student.features import FeatureSpec
 from student.labels import Label, checkpoint_labels
+
+if TYPE_CHECKING:  # loads torch, which who only wants thresholds does not need
+    from student.features import FeatureSpec
 
 BUNDLED_DIRECTORY = Path(__file__).parent / "bundled"
 MODEL_TYPE = "audio-spectrogram-transformer"
 DEFAULT_THRESHOLD = 0.2  # where a checkpoint states none; bookbot's own choice for Distil-AST
+THRESHOLDS_FORMAT = "earmark.thresholds/1"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _CONFIG_FILES = ("config.json", "preprocessor_config.json")
@@ -44,11 +47,12 @@ class Checkpoint:
     directory: Path
     labels: tuple[Label, ...]
     features: FeatureSpec
-    thresholds: tuple[float, ...]  # one a label
+    thresholds: tuple[float | None, ...]  # one a label; None: never a tag
     has_own_thresholds: bool
     weights_sha256: str
     config_sha256: str  # of config.json and preprocessor_config.json: the same weights in
     # another architecture, or with other features, give other scores
+    warnings: tuple[str, ...] = ()  # what is to be said about `thresholds`
 
     @property
     def is_bundled(self) -> bool:
@@ -66,6 +70,8 @@ def read_checkpoint(checkpoint: str) -> Checkpoint:
     Raises:
         CheckpointError: it is not there, or not an AST classifier's.
     """
+    from student.features import FeatureSpec
+
     directory = find_checkpoint(checkpoint)
     config = _read_json(directory / "config.json")
     if config.get("model_type") != MODEL_TYPE:
@@ -91,18 +97,26 @@ def read_checkpoint(checkpoint: str) -> Checkpoint:
                 f"{feature_value} in preprocessor_config.json; they must agree"
             )
     thresholds_file = directory / "thresholds.json"
-    own = thresholds_file.exists()
+    thresholds: tuple[float | None, ...] = (DEFAULT_THRESHOLD,) * len(labels)
+    warnings: tuple[str, ...] = ()
+    has_own_thresholds = thresholds_file.exists()
+    weights_sha256 = _sha256(_weight_files(directory))
+    if has_own_thresholds:
+        stated_thresholds = _read_json(thresholds_file)
+        thresholds = parse_thresholds(stated_thresholds, labels, thresholds_file)
+        warnings = thresholds_warnings(
+            stated_thresholds, thresholds, weights_sha256, thresholds_file
+        )
     return Checkpoint(
         name=checkpoint,
         directory=directory,
         labels=labels,
         features=features,
-        thresholds=parse_thresholds(_read_json(thresholds_file), labels, thresholds_file)
-        if own
-        else (DEFAULT_THRESHOLD,) * len(labels),
-        has_own_thresholds=own,
-        weights_sha256=_sha256(_weight_files(directory)),
+        thresholds=thresholds,
+        has_own_thresholds=has_own_thresholds,
+        weights_sha256=weights_sha256,
         config_sha256=_sha256([directory / name for name in _CONFIG_FILES]),
+        warnings=warnings,
     )
 
 
@@ -173,21 +187,102 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def parse_thresholds(
     stated: Mapping[str, Any], labels: Sequence[Label], file: str | Path
-) -> tuple[float, ...]:
-    """Per-label thresholds of a JSON object of label mid or name to a number in [0, 1].
+) -> tuple[float | None, ...]:
+    """Per-label thresholds of a parsed JSON object; docs/thresholds.md describes both forms.
+
+    Args:
+        stated: label mid or name to a number in [0, 1], or to null for a label that never
+            is a tag; or the full form, `{"format": "earmark.thresholds/1", "labels": ...}`.
+        labels: of the checkpoint. One that `stated` leaves out has the file's `default`,
+            which is `DEFAULT_THRESHOLD` where there is none.
+        file: how errors call it.
+
+    Returns:
+        One a label, in the order of `labels`; None: never a tag.
 
     Raises:
-        CheckpointError: it names an unknown label, or states no such number.
+        CheckpointError: it names an unknown label, states no such number, or states two
+            for one label.
     """
+    default: Any = DEFAULT_THRESHOLD
+    by_label: Any = stated
+    if isinstance(stated.get("format"), str):
+        if stated["format"] != THRESHOLDS_FORMAT:
+            raise CheckpointError(
+                f"{file} is of format {stated['format']!r}, expected {THRESHOLDS_FORMAT!r}: another "
+                "version of earmark wrote it; fit the thresholds again with this one"
+            )
+        default = stated.get("default", DEFAULT_THRESHOLD)
+        entries = stated.get("labels")
+        if not isinstance(entries, dict):
+            raise CheckpointError(
+                f"{file}: 'labels' is {entries!r}, expected an object of label mid to what was fitted"
+            )
+        for key, entry in entries.items():
+            if not isinstance(entry, dict) or "threshold" not in entry:
+                raise CheckpointError(
+                    f"{file}: label {key!r} is {entry!r}, expected an object with a 'threshold' "
+                    "(0 to 1, or null for never)"
+                )
+        by_label = {key: entry["threshold"] for key, entry in entries.items()}
+        _check_threshold(default, "default", file)
     known = {label.name for label in labels} | {label.mid for label in labels if label.mid}
-    for key, value in stated.items():
+    for key, value in by_label.items():
         if key not in known:
-            raise CheckpointError(f"{file} states a threshold for {key!r}, which is no label of it")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise CheckpointError(f"{file}: the threshold of {key!r} is {value!r}, expected 0 to 1")
-    return tuple(
-        float(stated.get(label.mid, stated.get(label.name, DEFAULT_THRESHOLD))) for label in labels
-    )
+            raise CheckpointError(
+                f"{file} states a threshold for {key!r}, which is no label of the checkpoint: correct "
+                "the name, or remove it"
+            )
+        _check_threshold(value, key, file)
+    for label in labels:
+        if {label.mid, label.name} <= by_label.keys():
+            of_mid, of_name = by_label[label.mid], by_label[label.name]
+            if of_mid != of_name:
+                raise CheckpointError(
+                    f"{file} states two thresholds for one label: {json.dumps(of_mid)} for "
+                    f"{label.mid!r} and {json.dumps(of_name)} for {label.name!r}; remove one"
+                )
+    found = (by_label.get(label.mid, by_label.get(label.name, default)) for label in labels)
+    return tuple(None if value is None else float(value) for value in found)
+
+
+def thresholds_warnings(
+    stated: Mapping[str, Any],
+    thresholds: Sequence[float | None],
+    weights_sha256: str,
+    file: str | Path,
+) -> tuple[str, ...]:
+    """What is to be said about a file of thresholds that can be used, a sentence each.
+
+    Args:
+        stated: as in `parse_thresholds`.
+        thresholds: what that made of it.
+        weights_sha256: of the weights whose scores the thresholds are for.
+        file: how the sentences call it.
+    """
+    fitted_on = stated.get("fitted_on") if isinstance(stated.get("format"), str) else None
+    fitted = fitted_on.get("weights_sha256") if isinstance(fitted_on, dict) else None
+    warnings = []
+    if isinstance(fitted, str) and fitted != weights_sha256:
+        warnings.append(
+            f"{file} was fitted on scores of other weights (SHA-256 {fitted[:12]}..., these are "
+            f"{weights_sha256[:12]}...): its thresholds may not suit; fit them again for this "
+            "checkpoint"
+        )
+    never = sum(threshold is None for threshold in thresholds)
+    if never:
+        warnings.append(
+            f"{never:,} of {len(thresholds):,} labels have no threshold and never become tags"
+        )
+    return tuple(warnings)
+
+
+def _check_threshold(value: Any, key: str, file: str | Path) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0 <= value <= 1):
+        raise CheckpointError(
+            f"{file}: the threshold of {key!r} is {value!r}, expected 0 to 1, or null for never"
+        )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -94,24 +94,30 @@ def mel_filters(num_mel_bins: int, sample_rate: int) -> NDArray[np.float64]:
 
 
 class LogMel(torch.nn.Module):
-    """Turns waveforms into AST's input on the device that the module is on."""
+    """Turns waveforms into AST's input on the device that the module is on.
+
+    Args:
+        spec: the checkpoint's feature numbers.
+        dtype: what the spectrum is computed in. float64 gives transformers' features to
+            1e-5; float32 is several times as fast, and good enough to train on.
+    """
 
     window: torch.Tensor
     filters: torch.Tensor
 
-    def __init__(self, spec: FeatureSpec) -> None:
+    def __init__(self, spec: FeatureSpec, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         self.spec = spec
         # float64 on purpose: in float32 a loud tone's rounding noise reaches the
         # quiet bins, whose logarithm then differs from transformers' by 1e-2.
-        window = torch.hann_window(FRAME_SAMPLES, periodic=False, dtype=torch.float64)
-        filters = torch.from_numpy(mel_filters(spec.num_mel_bins, spec.sample_rate))
+        window = torch.hann_window(FRAME_SAMPLES, periodic=False, dtype=dtype)
+        filters = torch.from_numpy(mel_filters(spec.num_mel_bins, spec.sample_rate)).to(dtype)
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("filters", filters, persistent=False)
 
     def power(self, waveforms: torch.Tensor) -> torch.Tensor:
-        """Mel power, float64 [n, frames, mel bins], of float32 [n, samples]; no floor, no padding."""
-        frames = waveforms.to(torch.float64).unfold(1, FRAME_SAMPLES, HOP_SAMPLES)
+        """Mel power [n, frames, mel bins] of float32 [n, samples]; no floor, no padding."""
+        frames = waveforms.to(self.window.dtype).unfold(1, FRAME_SAMPLES, HOP_SAMPLES)
         frames = frames - frames.mean(dim=2, keepdim=True)
         previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)
         frames = (frames - PREEMPHASIS * previous) * self.window

@@ -91,7 +91,7 @@ class Student:
         place = choose_device(device)
         precision = choose_dtype(dtype, place)
         facts = read_checkpoint(checkpoint)
-        student = cls(_load_model(facts), facts, place, precision)
+        student = cls(load_model(facts), facts, place, precision)
         logger.info(
             "loaded %s on %s in %s", checkpoint, place, str(precision).removeprefix("torch.")
         )
@@ -279,7 +279,12 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _load_model(checkpoint: Checkpoint) -> ASTForAudioClassification:
+def load_model(checkpoint: Checkpoint) -> ASTForAudioClassification:
+    """The weights of a checkpoint in its architecture, float32 on the CPU.
+
+    Raises:
+        CheckpointError: they cannot be loaded, or some are missing.
+    """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its progress bars and reports are for people
     bars = not are_progress_bars_disabled()

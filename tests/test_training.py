@@ -1,23 +1,24 @@
 """The recipe of the bundled student, on a few clips; and the sounds that it synthesises."""
 
 import json
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from student import Student
-from student.features import FeatureSpec
+from student.checkpoint import BUNDLED_DIRECTORY
 from student.labels import audioset_labels
 from training import bundled
-from training.card import card
-from training.corpus import is_held_out, read_corpus
+from training.attribution import attributions
+from training.corpus import corpus_clips
 from training.sounds import SAMPLE_RATE, SOUNDS, synthesise
+from transforms.read import read_clips
+from transforms.shards import plan_shards
 
-SPEC = FeatureSpec(num_mel_bins=64, max_length=512)
+LABELS = audioset_labels()
 
 
 @pytest.fixture
@@ -42,65 +43,89 @@ def corpus(tmp_path, make_tar, encoded, noise):
     return tmp_path, scores
 
 
-def test_corpus_is_split_by_group_and_only_training_targets_are_lifted(corpus):
-    folder, scores = corpus
-    train, held_out = read_corpus(folder, SPEC, limit=0)
-    assert sorted(train.ids + held_out.ids) == [f"clip-{n}" for n in range(8)]
-    assert "clip-2" in held_out.ids  # ESC-10 fold 4
-    assert {"clip-0", "clip-1"} <= set(train.ids)
-    dog = next(label.index for label in audioset_labels() if label.mid == "/m/0bt9lr")
-    expected = scores[0].astype(np.float32)
-    expected[dog] = max(expected[dog], 0.8)
-    np.testing.assert_array_equal(train.targets[train.ids.index("clip-0")], expected)
-    held = held_out.targets[held_out.ids.index("clip-2")]
-    np.testing.assert_array_equal(held, scores[2].astype(np.float32))
+def test_the_share_alike_clips_stay_out(corpus):
+    folder, _ = corpus
+    clips = [(clip.member, clip.metadata["group"]) for clip in corpus_clips(folder)]
+    assert clips == [(f"clip-{number}.ogg", f"group-{number}") for number in range(8)]
 
 
-def test_groups_are_held_out_whole_and_about_a_tenth():
-    facts = [{"group": f"{number:x}"} for number in range(2_000)]
-    sides = [is_held_out(clip) for clip in facts]
-    assert sides == [is_held_out(clip) for clip in facts]
-    assert 0.08 < np.mean(sides) < 0.12
+def test_only_the_first_label_of_an_esc10_clip_is_its_own(corpus, tmp_path):
+    folder, _ = corpus
+    bundled.write_esc10_labels(folder, tmp_path / "labels.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"clip_id": f"clip-{number}.ogg", "labels": ["/m/0bt9lr"]} for number in range(3)
+    ]
+
+
+def test_synthesised_scores_are_known_by_construction(tmp_path):
+    tar, scores = tmp_path / "s.tar", tmp_path / "s.parquet"
+    bundled.write_synthetic(tar, scores, 2)
+    rows = pq.read_table(scores).to_pylist()
+    [shard] = plan_shards([str(tar)]).shards
+    members = [clip.member for clip in read_clips(shard)]
+    assert members == [f"{row['clip_id']}.wav" for row in rows]
+    assert len(rows) == 2 * len(SOUNDS)
+    index_of = {label.name: label.index for label in LABELS}
+    for row, sound in zip(rows[::2], SOUNDS, strict=True):
+        expected = np.zeros(527, np.float16)
+        expected[[index_of[name] for name in sound.labels]] = 0.7
+        expected[index_of[sound.labels[0]]] = 0.9
+        np.testing.assert_array_equal(np.array(row["scores"], np.float16), expected)
+
+
+def test_what_is_held_out_is_fold_4_and_no_synthesised_sound():
+    split = bundled.SPLIT
+    assert split.is_held_out("a", {"esc10_fold": 4, "group": "g"})
+    assert not split.is_held_out("a", {"esc10_fold": 2, "group": "g"})
+    assert not any(split.is_held_out(f"s{n}", {"esc10_fold": 0}) for n in range(100))
+    groups = [split.is_held_out("x", {"group": f"{number:x}"}) for number in range(2_000)]
+    assert 0.08 < np.mean(groups) < 0.12
 
 
 def test_the_recipe_gives_a_checkpoint_that_loads(corpus, tmp_path, monkeypatch):
     folder, _ = corpus
     monkeypatch.setattr(bundled, "SYNTHETIC_PER_SOUND", 1)
     monkeypatch.setattr(bundled, "SYNTHETIC_VALIDATION_PER_SOUND", 1)
-    output = tmp_path / "student"
-    arguments = ["--corpus", str(folder), "--output", str(output), "--batch", "4"]
-    bundled.main([*arguments, "--steps", "3"])
+    monkeypatch.setattr(bundled, "RECIPE", replace(bundled.RECIPE, batch=8))
+    output, work = tmp_path / "student", tmp_path / "work"
+    arguments = ["--corpus", str(folder), "--output", str(output), "--work", str(work)]
+    arguments += ["--workers", "0", "--epochs", "1"]
+    bundled.main(arguments)
     student = Student.load(str(output))
     assert student.parameters == 2_846_351
-    assert student.labels == audioset_labels()
+    assert student.labels == LABELS
     assert student.features.chunk_s == 5.12
+    assert (output / "model.safetensors").stat().st_size < 8_000_000
     metrics = json.loads((output / "metrics.json").read_text())
-    assert (metrics["esc10_clips"], metrics["synthetic_clips"], metrics["steps"]) == (1, 20, 3)
+    assert (metrics["esc10_clips"], metrics["synthetic_clips"]) == (1, len(SOUNDS))
+    assert (metrics["epochs"], metrics["synthetic_train_clips"]) == (1, len(SOUNDS))
+    held_out = (output / "held_out.txt").read_text().split()
+    assert "clip-2" in held_out and not {"clip-0", "clip-1"} & set(held_out)
+    assert metrics["corpus_clips"] + metrics["held_out_clips"] == 8
     assert "author 0" in (output / "ATTRIBUTION.md").read_text()
-    assert "2,846,351" in (output / "README.md").read_text()
-    assert (output / "held_out.txt").read_text().split()[0] == "clip-2"
-
-    weights = (output / "model.safetensors").read_bytes()
-    bundled.main([*arguments, "--steps", "3"])
-    assert (output / "model.safetensors").read_bytes() == weights  # seeded
-    bundled.main([*arguments, "--steps", "3", "--measure-only"])
-    assert json.loads((output / "metrics.json").read_text()) == metrics
+    card = (output / "README.md").read_text()
+    assert "2,846,351" in card and "demonstration" in card
+    assert f"{100 * metrics['synthetic_own_label_in_top3']:.1f} %" in card
 
 
-def test_patchout_keeps_what_is_audible():
-    torch.manual_seed(0)
-    model = bundled.ASTForAudioClassification(bundled.config(SPEC)).eval()
-    inputs = torch.randn(2, 512, 64)
-    inside = torch.ones(2, 512, dtype=torch.bool)
-    with torch.no_grad():
-        whole = bundled.logits_of(model, inputs, inside, keep=1.0)
-        torch.testing.assert_close(whole, model(inputs).logits)
-        assert not torch.allclose(bundled.logits_of(model, inputs, inside, keep=0.4), whole)
+def test_authors_are_named_by_repository_and_licence():
+    facts = [
+        {"repo": "b/sounds", "licence": "MIT", "author": "Ann"},
+        {"repo": "b/sounds", "licence": "CC0-1.0", "author": ""},
+        {"repo": "a/sounds", "licence": "MIT", "author": "[list](AUTHORS)"},
+        {"repo": "b/sounds", "licence": "MIT", "author": "Ann"},
+        {"repo": "b/sounds", "licence": "MIT", "author": "Bob"},
+    ]
+    said = attributions(facts)
+    assert said.index("## a/sounds") < said.index("## b/sounds")
+    assert "- MIT: Ann; Bob\n" in said and "- CC0-1.0: not named\n" in said
+    assert "- MIT: others, listed in the repository\n" in said
 
 
 @pytest.mark.parametrize("sound", SOUNDS, ids=lambda sound: sound.name)
 def test_synthetic_sounds_are_audible_labelled_and_repeatable(sound):
-    names = {label.name for label in audioset_labels()}
+    names = {label.name for label in LABELS}
     assert set(sound.labels) <= names
     for duration_s in (1.0, 7.3):
         wave = synthesise(sound, np.random.default_rng(1), duration_s)
@@ -112,7 +137,14 @@ def test_synthetic_sounds_are_audible_labelled_and_repeatable(sound):
 
 
 def test_the_bundled_students_card_and_numbers_belong_together():
-    folder = Path(bundled.__file__).parent.parent / "student" / "bundled"
-    metrics = json.loads((folder / "metrics.json").read_text())
-    size = (folder / "model.safetensors").stat().st_size
-    assert (folder / "README.md").read_text("utf-8") == card(metrics, size)
+    metrics = json.loads((BUNDLED_DIRECTORY / "metrics.json").read_text())
+    card = (BUNDLED_DIRECTORY / "README.md").read_text("utf-8")
+    for name in (
+        "esc10_own_label_in_top5", "esc10_right_class_of_ten", "teacher_top1_in_top5",
+        "teacher_top1_in_top5_where_above_0.5", "synthetic_own_label_in_top3",
+    ):  # fmt: skip
+        assert f"| {100 * metrics[name]:.1f} % |" in card
+    size_bytes = (BUNDLED_DIRECTORY / "model.safetensors").stat().st_size
+    assert f"{metrics['parameters']:,}" in card and f"{size_bytes / 1e6:.1f} MB" in card
+    held_out = (BUNDLED_DIRECTORY / "held_out.txt").read_text().split()
+    assert len(held_out) == metrics["held_out_clips"]

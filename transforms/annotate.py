@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import threading
 import time
@@ -24,14 +23,14 @@ from transforms.output import Output, open_output
 from transforms.progress import ProgressFile
 from transforms.read import read_clips
 from transforms.readahead import read_ahead
-from transforms.records import ScoredClip, Shard
+from transforms.records import ScoredClip, Shard, unique
 from transforms.score import Pool, decode_clips, score_clips
 from transforms.storage import DEFAULT_ACCESS, Access, fetch_folder, is_local
 from transforms.write import (
     CLIPS_FOLDER,
-    RUN_FILE,
     RowOptions,
     ShardSummary,
+    check_claim,
     clip_row,
     clips_schema,
     read_summary,
@@ -320,20 +319,6 @@ def annotate_shard(
     return summary
 
 
-def check_claim(output: Output, run: str) -> None:
-    """Makes sure that `output` is still the one that this run began, or goes on with.
-
-    Raises:
-        RuntimeError: another run has emptied it with --overwrite since.
-    """
-    content = output.read(RUN_FILE)
-    claimed = json.loads(content).get("id") if content is not None else None
-    if claimed != json.loads(run).get("id"):
-        raise RuntimeError(
-            f"another run has started {output.uri} anew; this one publishes nothing more"
-        )
-
-
 def _rows(
     scored: Iterable[ScoredClip], shard: Shard, student: Student, options: RowOptions
 ) -> Iterator[dict[str, Any]]:
@@ -341,21 +326,6 @@ def _rows(
     for clip in scored:
         clip_id = unique(f"{shard.id}/{clip.clip.member or '(broken shard)'}", seen)
         yield clip_row(clip, shard, clip_id, student.labels, options)
-
-
-def unique(clip_id: str, seen: dict[str, int]) -> str:
-    """`clip_id`, with `#2`, `#3`, ... where a shard names a member more than once.
-
-    `seen` holds how often each id was given so far; the answer is added to it.
-    """
-    number = seen.get(clip_id, 0) + 1
-    numbered = clip_id if number == 1 else f"{clip_id}#{number}"
-    while number > 1 and numbered in seen:  # a member that is itself named `x#2`
-        number += 1
-        numbered = f"{clip_id}#{number}"
-    seen[clip_id] = number
-    seen.setdefault(numbered, 1)
-    return numbered
 
 
 def _counted(

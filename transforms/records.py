@@ -31,6 +31,21 @@ def as_text(raw: str) -> str:
         return raw.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def unique(clip_id: str, seen: dict[str, int]) -> str:
+    """`clip_id`, with `#2`, `#3`, ... where a shard names a member more than once.
+
+    `seen` holds how often each id was given so far; the answer is added to it.
+    """
+    number = seen.get(clip_id, 0) + 1
+    numbered = clip_id if number == 1 else f"{clip_id}#{number}"
+    while number > 1 and numbered in seen:  # a member that is itself named `x#2`
+        number += 1
+        numbered = f"{clip_id}#{number}"
+    seen[clip_id] = number
+    seen.setdefault(numbered, 1)
+    return numbered
+
+
 @dataclass(frozen=True)
 class Shard:
     """A unit of work: read as one, published as one Parquet file named `id`.

@@ -80,7 +80,7 @@ def tag_clips(
     clips: Iterable[Audio],
     student: Student,
     *,
-    thresholds: float | Sequence[float] | None = None,
+    thresholds: float | Sequence[float | None] | None = None,
     top_k: int | None = None,
     pool: Pool = "max",
     meter: Meter | None = None,
@@ -95,8 +95,8 @@ def tag_clips(
         clips: each the bytes of an audio file, or float32 [samples] in [-1, 1], mono,
             at the student's rate.
         student: the model.
-        thresholds: score from which a label is a tag: one for all labels, or one each;
-            None is the checkpoint's own.
+        thresholds: score from which a label is a tag: one for all labels, or one each, where
+            None means never; None alone is the checkpoint's own.
         top_k: at most so many tags a clip.
         pool: a clip's score is the maximum or the mean over its chunks.
         meter: counts chunks and observes each batch.
@@ -139,7 +139,7 @@ class TagClips(beam.PTransform):
         *,
         device: str = "auto",
         dtype: str = "auto",
-        thresholds: float | Sequence[float] | None = None,
+        thresholds: float | Sequence[float | None] | None = None,
         top_k: int | None = None,
         pool: Pool = "max",
     ) -> None:
@@ -189,7 +189,7 @@ class StudentModelHandler(ModelHandler[Audio, PredictionResult, Student]):
         *,
         device: str = "auto",
         dtype: str = "auto",
-        thresholds: float | Sequence[float] | None = None,
+        thresholds: float | Sequence[float | None] | None = None,
         top_k: int | None = None,
         pool: Pool = "max",
         min_batch_size: int | None = None,
@@ -258,7 +258,7 @@ class _Tagger:
     checkpoint: str
     device: str
     dtype: str
-    thresholds: float | tuple[float, ...] | None
+    thresholds: float | tuple[float | None, ...] | None
     top_k: int | None
     pool: Pool
 
@@ -447,7 +447,9 @@ def _tagged(scored: ScoredClip, student: Student, options: RowOptions) -> Tagged
     )
 
 
-def _per_label(thresholds: float | Sequence[float] | None, student: Student) -> tuple[float, ...]:
+def _per_label(
+    thresholds: float | Sequence[float | None] | None, student: Student
+) -> tuple[float | None, ...]:
     """One threshold a label.
 
     Raises:
@@ -463,13 +465,19 @@ def _per_label(thresholds: float | Sequence[float] | None, student: Student) -> 
             f"there are {len(thresholds)} thresholds, but checkpoint {student.checkpoint.name!r} has "
             f"{labels} labels; give one number for all, or one a label in the order of the scores"
         )
-    return tuple(float(threshold) for threshold in thresholds)
+    return _as_floats(thresholds)
 
 
-def _frozen(thresholds: float | Sequence[float] | None) -> float | tuple[float, ...] | None:
+def _frozen(
+    thresholds: float | Sequence[float | None] | None,
+) -> float | tuple[float | None, ...] | None:
     if thresholds is None or np.ndim(thresholds) == 0:
         return thresholds if thresholds is None else float(thresholds)
-    return tuple(float(threshold) for threshold in thresholds)
+    return _as_floats(thresholds)
+
+
+def _as_floats(thresholds: Sequence[float | None]) -> tuple[float | None, ...]:
+    return tuple(None if threshold is None else float(threshold) for threshold in thresholds)
 
 
 def _size_bytes(clip: Any) -> int:

@@ -36,7 +36,7 @@ _TAIL_BYTES = 128 << 10  # holds the footer of all but files of many row groups
 class RowOptions:
     """What of a scored clip goes into its row."""
 
-    thresholds: tuple[float, ...]  # one a label
+    thresholds: tuple[float | None, ...]  # one a label; None: never a tag
     top_k: int | None = None  # tags per clip at most
     chunks: bool = False
     embeddings: bool = False
@@ -138,6 +138,7 @@ def tags_of(
     """The labels whose score reaches their threshold, highest first, at most `top_k`."""
     # The score as it is stored decides, so that the table agrees with itself.
     stored = scores.astype(options.score_type).astype(np.float32)
+    # NumPy makes NaN of None, which no score reaches.
     reached = np.flatnonzero(stored >= np.asarray(options.thresholds, np.float32))
     best = reached[np.argsort(-stored[reached], kind="stable")][: options.top_k]
     return [
@@ -265,6 +266,20 @@ def _count(summary: ShardSummary, row: Mapping[str, Any]) -> None:
         summary.failed += 1
         summary.failures[f"{row['error']['stage']}/{row['error']['type']}"] += 1
     summary.tags.update(tag["name"] for tag in row["tags"] or ())
+
+
+def check_claim(output: Output, run: str) -> None:
+    """Makes sure that `output` is still the one that this run began, or goes on with.
+
+    Raises:
+        RuntimeError: another run has emptied it with --overwrite since.
+    """
+    content = output.read(RUN_FILE)
+    claimed = json.loads(content).get("id") if content is not None else None
+    if claimed != json.loads(run).get("id"):
+        raise RuntimeError(
+            f"another run has started {output.uri} anew; this one publishes nothing more"
+        )
 
 
 def read_summary(output: Output, name: str) -> tuple[ShardSummary, str]:

@@ -1,0 +1,1 @@
+"""Scores held against a truth: metrics, thresholds and what is shown of them."""

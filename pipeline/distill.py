@@ -1,0 +1,344 @@
+"""`earmark distill`: the command; `training.distill` does the work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.options import UsageError
+from pipeline.terminal import errors_said, quiet
+
+_SHAPE = (
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size patch_size "
+    "frequency_stride time_stride num_mel_bins max_length"
+).split()
+
+
+class _LayersOption(click.Command):
+    """A command whose `--teacher-layers` takes as many numbers as follow it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        joined: list[str] = []
+        taking = False  # numbers for the option before
+        for argument in args:
+            if taking and argument.isdecimal():
+                first = joined[-1] == "--teacher-layers"
+                joined[-1:] = [joined[-1], argument] if first else [f"{joined[-1]} {argument}"]
+                continue
+            taking = argument.startswith("--teacher-layers")
+            joined.append(argument)
+        return super().parse_args(ctx, joined)
+
+
+@click.command(
+    cls=_LayersOption,
+    epilog="`--preset P --show` prints every number of a preset, each of which --set changes. "
+    "Several GPUs: `accelerate launch -m pipeline distill ...`.",
+)
+@click.argument("data", nargs=-1, metavar="DATA...")
+@click.option("--output", "-o", metavar="DIR", help="Folder for the student; a new one.")
+@click.option(
+    "--teacher",
+    metavar="C",
+    help="The teacher: a checkpoint as of annotate. It runs along, unless its scores are stored.",
+)
+@click.option(
+    "--teacher-scores",
+    multiple=True,
+    metavar="OUT",
+    help="Stored scores of DATA: what earmark annotate wrote with the teacher, or a Parquet file of clip_id and scores.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["distil-ast", "consistent"]),
+    default="consistent",
+    show_default=True,
+    help="distil-ast is the published recipe, consistent is ours.",
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Another number of the preset."
+)
+@click.option("--show", is_flag=True, help="Print the numbers of the preset, and do nothing.")
+@click.option(
+    "--teacher-layers",
+    metavar="N N ...",
+    help="The teacher's layers that the student begins as, counted from 0.",
+)
+@click.option(
+    "--student-layers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="So many of the teacher's layers, evenly spread, the last one kept.",
+)
+@click.option(
+    "--fresh",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help=f"A student that has learned nothing, of this shape: {', '.join(_SHAPE)}.",
+)
+@click.option(
+    "--truth",
+    metavar="FILE",
+    help="Labels of the clips' own, as of evaluate: a file, or metadata:FIELD.",
+)
+@click.option(
+    "--validation", multiple=True, metavar="DATA", help="Clips to judge by; else a share of DATA."
+)
+@click.option(
+    "--validation-share",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    show_default=True,
+    metavar="R",
+    help="Share of DATA that is held out.",
+)
+@click.option(
+    "--group-by",
+    metavar="FIELD",
+    help="Field of the clips' metadata, such as the recording: equal ones stay on one side.",
+)
+@click.option(
+    "--hold-out",
+    metavar="FIELD=VALUE",
+    help="Hold out the clips whose metadata says this; the share is of clips without FIELD.",
+)
+@click.option(
+    "--cache",
+    metavar="DIR",
+    help="Keep the clips decoded here (32 kB a second of audio). Without it every epoch decodes anew.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Processes that read and decode.",
+)
+@click.option("--device", default="auto", show_default=True, metavar="D", help="auto, cpu or cuda.")
+@click.option(
+    "--max-steps",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Stop after N steps, whatever epochs says.",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="The first N clips only.")
+@click.option("--resume", is_flag=True, help="Go on where an earlier run into DIR was stopped.")
+@click.option(
+    "--save-dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="How the weights are stored.",
+)
+@click.option("--title", metavar="T", help="The student's name in its model card.")
+@click.option("--licence", metavar="L", help="Its licence, such as apache-2.0, for the model card.")
+@click.option("--data-licence", metavar="L", help="DATA's licence, in words, likewise.")
+@click.option(
+    "--push-to-hub", metavar="ID", help="Upload it to the Hugging Face Hub as owner/name."
+)
+@click.option("--private", is_flag=True, help="With --push-to-hub: as a private repository.")
+@click.option(
+    "--billing-project",
+    metavar="P",
+    help="Google Cloud project that pays for requests to requester-pays buckets.",
+)
+@click.option("--verbose", "-v", is_flag=True, help="Show logs and tracebacks.")
+def distill(data: tuple[str, ...], verbose: bool, **options: Any) -> None:
+    """Train a student on DATA to score like a teacher.
+
+    DATA is what annotate reads: tars, Parquet, folders, here or at a URL. DIR becomes a
+    checkpoint that transformers and `earmark annotate --checkpoint DIR` load.
+    """
+    quiet(verbose)
+    with errors_said(verbose, kept="What was learned is kept to its last epoch: add --resume"):
+        _run(data, options)
+
+
+def _run(data: tuple[str, ...], options: dict[str, Any]) -> None:
+    try:
+        import accelerate  # noqa: F401
+        import matplotlib  # noqa: F401
+        import tensorboard  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"{error.name} is not installed, which training needs: pip install --editable '.[train]'"
+        ) from error
+    from rich.console import Console
+
+    from evaluation.scores import EvaluationError
+    from student import CheckpointError, DeviceError
+    from training.clips import ClipsError
+    from training.distill import DistillError, distill, is_first_process
+    from training.hub import HubError, push
+    from training.presets import RecipeError, as_settings
+    from training.progress import Progress
+    from training.trainer import TrainingFailed
+
+    out = Console()
+    try:
+        recipe = _recipe(options)
+        if options["show"]:
+            for name, value in as_settings(recipe).items():
+                shown = " ".join(map(str, value)) if isinstance(value, list) else value
+                click.echo(f"{name}={shown}")
+            return
+        request = _request(data, options, recipe)
+
+        def say(line: str) -> None:
+            click.echo(line, err=True)
+
+        distilled = distill(request, say, callbacks=[Progress(say)])
+    except TrainingFailed as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+    except (
+        RecipeError, DistillError, ClipsError, EvaluationError, CheckpointError, DeviceError,
+        HubError,
+    ) as error:  # fmt: skip
+        raise UsageError(str(error)) from error
+    if not is_first_process():
+        return
+    _show(distilled, out)
+    if options["push_to_hub"]:
+        try:
+            place = push(request.output, options["push_to_hub"], private=options["private"])
+        except HubError as error:
+            raise UsageError(str(error)) from error
+        out.print(f"Uploaded to {place}", highlight=False, soft_wrap=True)
+
+
+def _recipe(options: dict[str, Any]) -> Any:
+    from training.presets import PRESETS, with_settings
+
+    settings = dict(_pair("--set", text) for text in options["settings"])
+    if options["teacher_layers"] is not None:
+        settings["teacher_layers"] = options["teacher_layers"]
+    if options["student_layers"] is not None:
+        if options["teacher_layers"] is not None:
+            raise UsageError(
+                "--teacher-layers and --student-layers both say how the student begins: give one"
+            )
+        settings |= {"teacher_layers": "None", "student_layers": str(options["student_layers"])}
+    return with_settings(PRESETS[options["preset"]](), settings)
+
+
+def _request(data: tuple[str, ...], options: dict[str, Any], recipe: Any) -> Any:
+    from training.clips import Split
+    from training.distill import Request
+    from transforms.storage import Access
+
+    if not data:
+        raise UsageError("Missing argument 'DATA...'.")
+    if not options["output"]:
+        raise UsageError("Missing option '--output' / '-o'.")
+    if options["push_to_hub"]:
+        from training.hub import check_id
+
+        check_id(options["push_to_hub"])
+    if options["fresh"] and (options["teacher_layers"] or options["student_layers"]):
+        raise UsageError(
+            "--fresh begins with nothing, --teacher-layers and --student-layers with layers"
+        )
+    if options["validation"] and (options["hold_out"] or options["group_by"]):
+        raise UsageError(
+            "--hold-out and --group-by divide DATA; with --validation nothing of it is held out"
+        )
+    if options["private"] and not options["push_to_hub"]:
+        raise UsageError("--private is for --push-to-hub")
+    access = Access(options["billing_project"])
+    hold_out = _pair("--hold-out", options["hold_out"]) if options["hold_out"] else None
+    return Request(
+        output=Path(options["output"]),
+        recipe=recipe,
+        preset=options["preset"],
+        shards=_shards(data, access),
+        data=", ".join(data),
+        split=Split(options["validation_share"], options["group_by"], hold_out),
+        validation_data=", ".join(options["validation"]) or None,
+        validation_shards=_shards(options["validation"], access) if options["validation"] else (),
+        teacher=options["teacher"],
+        teacher_scores=options["teacher_scores"],
+        fresh=_shape(options["fresh"]) if options["fresh"] else None,
+        truth=options["truth"],
+        cache=Path(options["cache"]) if options["cache"] else None,
+        workers=options["workers"],
+        device=options["device"],
+        max_steps=options["max_steps"],
+        resume=options["resume"],
+        save_dtype=options["save_dtype"],
+        licence=options["licence"],
+        data_licence=options["data_licence"],
+        limit=options["limit"],
+        title=options["title"],
+        access=access,
+    )
+
+
+def _shards(patterns: tuple[str, ...], access: Any) -> Any:
+    from transforms.shards import InputError, plan_shards
+
+    try:
+        return plan_shards(patterns, access=access).shards
+    except (InputError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _shape(pairs: tuple[str, ...]) -> dict[str, int]:
+    """The shape of a fresh student; AST's own numbers where none are given."""
+    shape = {
+        "hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "patch_size": 16,
+        "frequency_stride": 10, "time_stride": 10, "num_mel_bins": 128, "max_length": 1_024,
+    }  # fmt: skip
+    for text in pairs:
+        name, value = _pair("--fresh", text)
+        if name not in _SHAPE:
+            raise UsageError(f"--fresh {text!r}: expected one of {', '.join(_SHAPE)}")
+        if not value.isdecimal() or int(value) < 1:
+            raise UsageError(f"--fresh {text!r}: {value!r} is no whole number above 0")
+        shape[name] = int(value)
+    return shape
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"{option} {text!r}: expected NAME=VALUE")
+    return name.strip(), value.strip()
+
+
+def _show(distilled: Any, out: Any) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    for column in ("held out", "loss", "F1", "ROC AUC", "accuracy", "mAP", "macro mAP", "d'"):
+        table.add_column(column, justify="left" if column == "held out" else "right")
+    rows = [("student", distilled.student), ("teacher", distilled.teacher)]
+    for name, judged in rows:
+        if judged is not None:
+            loss = "" if judged.loss != judged.loss else f"{judged.loss:.4g}"
+            card, field = judged.card, judged.field
+            numbers = (
+                card.f1,
+                card.roc_auc,
+                card.accuracy,
+                card.mAP,
+                field.macro_map,
+                field.d_prime,
+            )
+            table.add_row(name, loss, *(f"{number:.3f}" for number in numbers))
+    out.print(
+        f"{distilled.train_clips:,} clips learned from, {distilled.validation_clips:,} held out; "
+        f"true is: {distilled.truth_is}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(table, highlight=False)
+    out.print(
+        f"Use it: earmark annotate DATA --checkpoint {distilled.output}",
+        highlight=False,
+        soft_wrap=True,
+    )

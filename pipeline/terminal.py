@@ -1,0 +1,68 @@
+"""How every command ends: what went wrong in one sentence, and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from typing import Any
+
+import click
+
+from pipeline.options import UsageError
+
+EXIT_FAILURES = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+@contextlib.contextmanager
+def errors_said(
+    verbose: bool,
+    kept: str = "Finished shards are kept: run the same command again to go on",
+) -> Any:
+    """Turns what went wrong into one sentence and an exit code; `kept` says what is not lost."""
+    try:
+        yield
+    except UsageError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(EXIT_USAGE)
+    except (KeyboardInterrupt, Exception) as error:
+        if _was_interrupted(error):
+            # What was interrupted while it waited for a job elsewhere says so itself.
+            said = str(error) if str(error).startswith("Stopped") else f"Stopped. {kept}."
+            click.echo(said, err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        if verbose:
+            raise
+        if type(error).__name__ in ("JobRefused", "JobFailed"):
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(EXIT_FAILURES)
+        first = (str(error).strip().splitlines() or [""])[0]
+        click.echo(
+            f"Error: the run stopped: {type(error).__name__}: {first}\n"
+            f"{kept}, with --verbose to see more.",
+            err=True,
+        )
+        sys.exit(EXIT_FAILURES)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error; Beam wraps it into one of its own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) or str(error).startswith("KeyboardInterrupt"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def quiet(verbose: bool) -> None:
+    """Leaves the terminal to what earmark says, unless `verbose`."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
+    if not verbose:
+        # Beam logs the traceback of what `errors_said` says in a sentence.
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL + 1)
+    # A progress bar of the hub's own is welcome only where someone watches.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

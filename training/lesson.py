@@ -1,0 +1,340 @@
+"""What a training is made of: the models, the clips, and what the teacher says of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import ASTForAudioClassification
+
+from evaluation.scores import Source, open_source
+from evaluation.truth import Truth, read_truth
+from student.checkpoint import Checkpoint, read_checkpoint
+from student.features import FRAME_SAMPLES, POWER_FLOOR, FeatureSpec, LogMel
+from student.labels import Label
+from student.model import load_model
+from training.clips import (
+    CachedClips,
+    ClipsError,
+    ClipTable,
+    Found,
+    Split,
+    StreamedClips,
+    Wanted,
+    audible,
+    cache_sounds,
+    drawing_weights,
+    find_clips,
+    join_scores,
+    join_truth,
+)
+from training.initialise import evenly_spread, fresh_student, student_from_teacher
+from training.presets import Recipe
+from training.trainer import Listener, Validation, scores_of
+from transforms.records import Shard
+from transforms.storage import DEFAULT_ACCESS, Access
+
+CACHE_FOLDER = "cache"  # of the held-out clips, where the user keeps none
+OWN = "the clips' own labels"
+
+_MEASURED_CLIPS = 1_000  # that a fresh student's features are normalised by
+
+
+class DistillError(ValueError):
+    """What was asked for cannot be done; the message says why and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to distil, from what, and where to; the recipe says how."""
+
+    output: Path
+    recipe: Recipe
+    preset: str
+    shards: Sequence[Shard]
+    data: str  # the data by the name that people know
+    split: Split = field(default_factory=Split)
+    validation_shards: Sequence[Shard] = ()  # none: the split's share of `shards`
+    validation_data: str | None = None  # those by name
+    teacher: str | None = None  # a checkpoint, run along where there are no stored scores
+    teacher_scores: Sequence[str] = ()  # outputs or Parquet files
+    fresh: Mapping[str, int] | None = None  # the shape of a student that has learned nothing
+    truth: str | None = None  # own labels: a file, or metadata:FIELD
+    cache: Path | None = None  # None: every epoch decodes anew
+    workers: int = 0
+    device: str = "auto"
+    max_steps: int | None = None
+    resume: bool = False
+    save_dtype: str = "float32"
+    licence: str | None = None  # of the student
+    data_licence: str | None = None
+    limit: int | None = None
+    title: str | None = None
+    access: Access = DEFAULT_ACCESS
+
+
+@dataclass
+class Lesson:
+    """Everything that a training is made of, but for the recipe."""
+
+    labels: tuple[Label, ...]
+    spec: FeatureSpec  # of the student
+    student: ASTForAudioClassification
+    teacher: ASTForAudioClassification | None
+    runs_along: Listener | None  # the teacher, where it has no stored scores
+    found: Found
+    train_set: torch.utils.data.Dataset[Any]
+    draw_weights: NDArray[np.float64] | None  # of a cache's clips
+    validation: Validation
+
+
+def prepare(request: Request, device: torch.device, say: Callable[[str], None]) -> Lesson:
+    """Loads the teacher, begins the student, finds the clips and reads those that judge.
+
+    Raises:
+        As `distill`.
+    """
+    # ------------------------------------------------------------- the models
+    checkpoint = read_checkpoint(request.teacher) if request.teacher else None
+    teacher = load_model(checkpoint) if checkpoint else None
+    sources = [
+        open_source(place, request.access, checkpoint and checkpoint.labels)
+        for place in request.teacher_scores
+    ]
+    labels = labels_of(checkpoint, sources)
+    try:
+        student = beginning(request, teacher, labels).to(device)
+    except ValueError as error:
+        raise DistillError(str(error)) from error
+
+    # -------------------------------------------------------------- the clips
+    found = sides(request, sources, labels, say)
+    if request.fresh is None:
+        assert checkpoint is not None  # `begin` wants one of the two
+        spec = checkpoint.features
+    else:
+        spec = FeatureSpec(
+            sample_rate=checkpoint.features.sample_rate if checkpoint else 16_000,
+            num_mel_bins=request.fresh["num_mel_bins"],
+            max_length=request.fresh["max_length"],
+        )
+    folder = request.cache or request.output / CACHE_FOLDER
+    reading = (spec.sample_rate, folder, request.workers, request.access)
+    held_out = audible(
+        cache_sounds(
+            Wanted.of(found.validation, request.validation_shards or request.shards), *reading
+        ),
+        len(found.validation),
+        found.skipped,
+    )
+    if len(held_out) == 0:
+        raise ClipsError("none of the held-out clips can be decoded: there is nothing to judge by")
+    train_set: CachedClips | StreamedClips
+    wanted = Wanted.of(found.train, request.shards)
+    weights = None
+    if request.cache is not None:
+        cached = audible(cache_sounds(wanted, *reading), len(found.train), found.skipped)
+        if len(cached) == 0:
+            raise ClipsError(f"no clip can be learned from; left out: {counts(found.skipped)}")
+        train_set = CachedClips(cached)
+        weights = weights_of(found.train.take(cached["row"]), request.recipe, len(labels))
+    else:
+        train_set = StreamedClips(wanted, spec.sample_rate, request.recipe.seed, request.access)
+    say(
+        f"{len(train_set):,} clips to learn from, {len(held_out):,} held out"
+        + (f"; left out: {counts(found.skipped)}" if found.skipped else "")
+    )
+    if request.fresh is not None:
+        spec = with_measured_level(spec, train_set, request.recipe.seed)
+
+    # ------------------------------------------------------ what the teacher says
+    runs_along = None
+    if teacher is not None and checkpoint is not None and not sources:
+        teacher.to(device).eval().requires_grad_(False)
+        runs_along = Listener.of(teacher, checkpoint.features)
+        found.validation.scores = np.zeros((len(found.validation), len(labels)), np.float32)
+        say("The teacher scores the held-out clips")
+        found.validation.scores[held_out["row"]] = scores_of(runs_along, held_out)[0]
+    validation = judged_by(held_out, found.validation, labels, request.recipe)
+    return Lesson(labels, spec, student, teacher, runs_along, found, train_set, weights, validation)
+
+
+def weights_of(table: ClipTable, recipe: Recipe, labels: int) -> NDArray[np.float64] | None:
+    """How often each clip of a cache is drawn; None: each once an epoch."""
+    if not recipe.balance and recipe.labelled_weight == 1:
+        return None
+    targets = recipe.label_floor * table.truth(labels)
+    if table.scores is not None:
+        targets = np.maximum(table.scores, targets)
+    return drawing_weights(targets, table.labelled, recipe.balance, recipe.labelled_weight)
+
+
+def labels_of(checkpoint: Checkpoint | None, sources: Sequence[Source]) -> tuple[Label, ...]:
+    """The labels that the teacher and its scores agree on.
+
+    Raises:
+        DistillError: they do not.
+    """
+    stated = [(source.uri, source.labels) for source in sources]
+    if checkpoint is not None:
+        stated.insert(0, (checkpoint.name, checkpoint.labels))
+    first, labels = stated[0]
+    for other, theirs in stated[1:]:
+        if [label.name for label in theirs] != [label.name for label in labels]:
+            raise DistillError(
+                f"{other!r} has other labels ({len(theirs)}) than {first!r} ({len(labels)}): scores "
+                "are learned from by their place, so the labels must be the same in the same order"
+            )
+    return labels
+
+
+def beginning(
+    request: Request, teacher: ASTForAudioClassification | None, labels: Sequence[Label]
+) -> ASTForAudioClassification:
+    """The student before its training.
+
+    Raises:
+        ValueError: it cannot have that shape, or the teacher has no such layers.
+    """
+    if request.fresh is not None:
+        return fresh_student(**request.fresh, labels=labels)
+    assert teacher is not None  # `begin` wants one of the two
+    student = student_from_teacher(teacher, layers_of_student(request, teacher) or ())
+    student.config.label_mids = [label.mid for label in labels]
+    return student
+
+
+def layers_of_student(
+    request: Request, teacher: ASTForAudioClassification
+) -> tuple[int, ...] | None:
+    """The teacher's layers that the student begins as; None for a fresh one."""
+    if request.fresh is not None:
+        return None
+    return request.recipe.teacher_layers or evenly_spread(
+        teacher.config.num_hidden_layers, request.recipe.student_layers
+    )
+
+
+def sides(
+    request: Request, sources: Sequence[Source], labels: Sequence[Label], say: Callable[[str], None]
+) -> Found:
+    """The clips of both sides, with the teacher's scores where they are stored.
+
+    Raises:
+        ClipsError: a side is empty.
+    """
+    say("Looking at the clips")
+    label_field = None
+    if request.truth and request.truth.startswith("metadata:"):
+        label_field = request.truth.partition(":")[2]
+    at = {"label_field": label_field, "access": request.access}
+    split = request.split
+    if request.validation_shards:
+        split = Split(share=0.0, group_by=split.group_by)
+    found = find_clips(request.shards, split, limit=request.limit, **at)
+    if request.validation_shards:
+        others = find_clips(request.validation_shards, split, only_validation=True, **at)
+        found.validation = others.validation
+        found.skipped.update(others.skipped)
+        also = set(found.validation.ids)
+        kept = [row for row, clip_id in enumerate(found.train.ids) if clip_id not in also]
+        if len(kept) < len(found.train):
+            found.skipped["also held out"] += len(found.train) - len(kept)
+            found.train = found.train.take(kept)
+    total = len(found.train) + len(found.validation)
+    if sources:
+        join_scores(found, sources)
+    for side, table, cure in (
+        ("to learn from", found.train, "is everything held out?"),
+        (
+            "held out to judge by",
+            found.validation,
+            "raise --validation-share, or give --validation",
+        ),
+    ):
+        if len(table) == 0:
+            raise ClipsError(
+                f"of {total:,} clips none is {side}"
+                + (f" (left out: {counts(found.skipped)})" if found.skipped else "")
+                + f"; {cure}"
+            )
+    if request.truth:
+        truth: Truth | None = None
+        if label_field is None:
+            named = sources[0] if sources else _labels_only(labels)
+            truth = read_truth(request.truth, named, request.access)
+        unknown = join_truth(found, labels, truth)
+        own = sum(int(table.labelled.sum()) for table in (found.train, found.validation))
+        if own == 0:
+            raise ClipsError(
+                f"--truth {request.truth!r} names none of the {total:,} clips; they are known by "
+                f"names such as {next(iter(found.train.names[0][-1]))!r}, metadata by its fields"
+            )
+        say(f"{own:,} clips have labels of their own")
+        if unknown:
+            say(f"labels that the teacher does not know, left out: {counts(unknown)}")
+    else:
+        for table in (found.train, found.validation):
+            table.truths = [None] * len(table)
+    return found
+
+
+def _labels_only(labels: Sequence[Label]) -> Source:
+    """A source of nothing but labels, for `read_truth` to understand names by."""
+    return Source("", "", None, (), tuple(labels))  # type: ignore[arg-type]
+
+
+def judged_by(
+    held_out: datasets.Dataset, table: ClipTable, labels: Sequence[Label], recipe: Recipe
+) -> Validation:
+    """What is true of the held-out clips: their own labels where all have some, else the teacher's tags."""
+    of = table.take(held_out["row"])
+    assert of.scores is not None  # stored, or made by the teacher that runs along
+    if of.labelled.all():
+        return Validation(held_out, table, of.truth(len(labels)), OWN)
+    return Validation(
+        held_out,
+        table,
+        of.scores >= recipe.tag_threshold,
+        f"the teacher's scores of at least {recipe.tag_threshold:g}",
+    )
+
+
+def with_measured_level(
+    spec: FeatureSpec, clips: CachedClips | StreamedClips, seed: int
+) -> FeatureSpec:
+    """`spec` with the clips' own mean and deviation, where a fresh student begins without any."""
+    sounds: Any = iter(clips)
+    if isinstance(clips, CachedClips):
+        order = np.random.default_rng(seed).permutation(len(clips))
+        sounds = (clips.cached[int(row)] for row in order)
+    mel = LogMel(spec, torch.float32)
+    count, total, squares = 0, 0.0, 0.0
+    for _, example in zip(range(_MEASURED_CLIPS), sounds, strict=False):
+        waveform = np.frombuffer(example["waveform"], np.int16)[: spec.chunk_samples]
+        if len(waveform) < FRAME_SAMPLES:
+            continue
+        power = mel.power(torch.from_numpy(waveform.astype(np.float32) / 32_767)[None])
+        values = power.clamp_min(POWER_FLOOR).log().double()
+        count += values.numel()
+        total += float(values.sum())
+        squares += float(values.square().sum())
+    if count == 0:
+        raise ClipsError("none of the clips looked at has a sound")
+    mean = total / count
+    std = max((squares / count - mean**2) ** 0.5, 1e-3)
+    return FeatureSpec(
+        spec.sample_rate, spec.num_mel_bins, spec.max_length, round(mean, 4), round(std, 4)
+    )
+
+
+def counts(reasons: Counter[str]) -> str:
+    """ "3 without teacher scores, 1 undecodable: NoAudio"."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())

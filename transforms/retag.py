@@ -1,0 +1,161 @@
+"""Recomputes the tags of a finished file from its scores, into a file of another output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from student.labels import Label
+from transforms.output import Output
+from transforms.write import (
+    RUN_KEY,
+    SHARD_KEY,
+    RowOptions,
+    ShardSummary,
+    read_summary,
+    tags_of,
+)
+
+_ROWS_AT_ONCE = 1_024  # whose tags are Python objects at a time
+
+
+class RetagError(ValueError):
+    """A file's tags cannot be recomputed; the message says why."""
+
+
+def retag_file(
+    source: Output,
+    output: Output,
+    name: str,
+    labels: Sequence[Label],
+    options: RowOptions,
+    fingerprint: str,
+    run: str,
+    before_publishing: Callable[[], None] = lambda: None,
+) -> tuple[ShardSummary, ShardSummary]:
+    """Copies `name` from `source` to `output` with other tags; it appears complete or not at all.
+
+    All columns but `tags`, the order of rows and the row groups stay as they are. One row
+    group is in memory at a time.
+
+    Args:
+        source: where the finished file is.
+        output: where the new one is to be, under the same name.
+        name: `clips/<shard_id>.parquet`.
+        labels: of the scores.
+        options: the new thresholds and `top_k`, and the `score_type` of the file.
+        fingerprint: of the making that the file has to be of.
+        run: the new run description, JSON, for the new file's metadata.
+        before_publishing: called when the file is whole; what it raises stops it from being
+            published.
+
+    Returns:
+        (totals of the file as it was, totals of the new one).
+
+    Raises:
+        RetagError: the file cannot be read, is of another making, or lacks what is needed.
+        OSError: the new one cannot be written.
+    """
+    place = f"{source.uri}/{name}"
+    with _readable(place):
+        before, making = read_summary(source, name)
+    if making != fingerprint:
+        raise RetagError(
+            f"{place} is of another making than the run.json beside it; annotate once more into a new "
+            "folder, and retag that"
+        )
+    after = ShardSummary(before.clips, before.failed, before.audio_s, before.failures)
+    with contextlib.ExitStack() as opened:
+        with _readable(place):
+            file = opened.enter_context(pq.ParquetFile(opened.enter_context(source.open(name))))
+        schema = file.schema_arrow.remove_metadata()
+        check_columns(schema, labels, options, place)
+        with output.scratch(name) as scratch:
+            with (
+                scratch.open("wb") as target,
+                pq.ParquetWriter(target, schema, compression="zstd") as writer,
+            ):
+                at = schema.get_field_index("tags")
+                others = [name for name in schema.names if name != "tags"]
+                for group in range(file.num_row_groups):
+                    with _readable(place):
+                        table = file.read_row_group(group, others)
+                    tags = _tags(table["scores"], labels, options, after, schema.field(at).type)
+                    writer.write_table(table.add_column(at, schema.field(at), tags))
+                writer.add_key_value_metadata(
+                    {RUN_KEY: run.encode(), SHARD_KEY: json.dumps(vars(after)).encode()}
+                )
+            before_publishing()
+            output.publish(scratch, name)
+    return before, after
+
+
+@contextlib.contextmanager
+def _readable(place: str) -> Iterator[None]:
+    """What goes wrong while a file of the source is read is the file's fault, not the output's."""
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RetagError(
+            f"{place} cannot be read ({reason}); where it is damaged, remove it, annotate once more, "
+            "and retag again"
+        ) from error
+
+
+def check_columns(
+    schema: pa.Schema, labels: Sequence[Label], options: RowOptions, place: str
+) -> None:
+    """Makes sure that a file has what its tags are made of.
+
+    Raises:
+        RetagError: it lacks scores, or they are of other labels or another type.
+    """
+    for column in ("scores", "tags", "error"):
+        if column not in schema.names:
+            raise RetagError(
+                f"{place} has no column {column!r}, without which tags cannot be recomputed: take the "
+                "output as earmark annotate wrote it"
+            )
+    expected = pa.list_(
+        pa.float16() if options.score_type == "float16" else pa.float32(), len(labels)
+    )
+    found = schema.field("scores").type
+    # The name of a list's items may differ.
+    if not pa.types.is_fixed_size_list(found) or (found.value_type, found.list_size) != (
+        expected.value_type,
+        expected.list_size,
+    ):
+        raise RetagError(
+            f"{place} has scores of type {found}, expected {expected} as run.json and labels.parquet "
+            "say: take the output as earmark annotate wrote it"
+        )
+
+
+def _tags(
+    scores: pa.ChunkedArray,
+    labels: Sequence[Label],
+    options: RowOptions,
+    summary: ShardSummary,
+    kind: pa.DataType,
+) -> pa.ChunkedArray:
+    """The column `tags`, null for a clip without scores; each tag is counted in `summary`."""
+    columns = []
+    for start in range(0, len(scores), _ROWS_AT_ONCE):
+        vectors = scores.slice(start, _ROWS_AT_ONCE).combine_chunks()
+        values = vectors.flatten()
+        # A clip without scores has a list of nulls.
+        missing = values.is_null().to_numpy(zero_copy_only=False).reshape(-1, len(labels))[:, 0]
+        matrix = values.to_numpy(zero_copy_only=False).reshape(-1, len(labels))
+        tags = [
+            None if absent else tags_of(row, labels, options)
+            for row, absent in zip(matrix, missing, strict=True)
+        ]
+        for row in tags:
+            summary.tags.update(tag["name"] for tag in row or ())
+        columns.append(pa.array(tags, kind))
+    return pa.chunked_array(columns, kind)
