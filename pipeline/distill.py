@@ -330,15 +330,20 @@ def _show(distilled: Any, out: Any) -> None:
                 field.d_prime,
             )
             table.add_row(name, loss, *(f"{number:.3f}" for number in numbers))
+    from training.lesson import counts
+
+    left_out = f"; left out: {counts(distilled.skipped)}" if distilled.skipped else ""
     out.print(
-        f"{distilled.train_clips:,} clips learned from, {distilled.validation_clips:,} held out; "
-        f"true is: {distilled.truth_is}",
+        f"{distilled.train_clips:,} clips learned from, {distilled.validation_clips:,} held out"
+        f"{left_out}; true is: {distilled.truth_is}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     out.print(table, highlight=False)
     out.print(
         f"Use it: earmark annotate DATA --checkpoint {distilled.output}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )

@@ -110,7 +110,7 @@ def retag(output: str, new: str, verbose: bool, **options: Any) -> None:
                 f"{outcome.after.clips:,} clips, {outcome.after.failed:,} of them failed: "
                 f"{outcome.before.tags.total():,} tags before, {outcome.after.tags.total():,} now."
             )
-        click.echo(f"The output {job.output.uri} holds {outcome.total.clips:,} clips.")
+        click.echo(f"The output {new} holds {outcome.total.clips:,} clips.")
         if outcome.refused:
             raise UsageError(
                 f"{len(outcome.refused):,} of {len(job.todo):,} shards could not be retagged and are "
