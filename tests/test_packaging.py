@@ -22,7 +22,7 @@ CONSTRAINTS = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
 
 
 def files_of_packages():
-    packages = ("pipeline", "student", "training", "transforms")
+    packages = ("evaluation", "pipeline", "student", "training", "transforms")
     kept = [file for package in packages for file in (ROOT / package).rglob("*") if file.is_file()]
     return {str(f.relative_to(ROOT)) for f in kept if "__pycache__" not in f.parts}
 
