@@ -937,3 +937,18 @@ def test_from_a_teacher_to_a_student_in_use(tars, annotated, tiny_checkpoint, tm
     run("evaluate", tmp_path / "first", "--truth", annotated, "--json", before, "--bootstrap", 0)
     learned = report["student"]["card"]["mAP"]
     assert learned > json.loads(before.read_text())["student"]["card"]["mAP"] + 0.05
+
+
+def test_no_more_clips_judge_than_the_limit(request_of, tmp_path, monkeypatch, only_weights):
+    monkeypatch.setattr("training.lesson.MAX_HELD_OUT_CLIPS", 2)
+    request = request_of(tmp_path / "student", max_steps=1, split=Split(0.6))
+    done = distill(request, say=lambda line: None)
+    assert done.validation_clips == 2
+    assert done.skipped["held out beyond the 2 that judge"] >= 1
+
+
+def test_the_trainers_state_is_json_that_any_reader_takes(made):
+    def refuse(name):
+        raise ValueError(name)
+
+    json.loads((made[0] / "trainer_state.json").read_text(), parse_constant=refuse)

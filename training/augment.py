@@ -68,7 +68,7 @@ def augment_sounds(sounds: Sounds, recipe: Recipe, random: torch.Generator) -> S
         waveforms = functional.interpolate(
             waveforms[:, None], size=stretched, mode="linear", align_corners=False
         )[:, 0]
-        lengths = (lengths.double() * stretched / samples).long().clamp_max(samples)
+        lengths = (lengths.double() * stretched / samples).long().clamp(FRAME_SAMPLES, samples)
         if stretched >= samples:
             waveforms = waveforms[:, :samples]
         else:

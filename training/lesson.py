@@ -44,6 +44,8 @@ from transforms.storage import DEFAULT_ACCESS, Access
 CACHE_FOLDER = "cache"  # of the held-out clips, where the user keeps none
 OWN = "the clips' own labels"
 
+# That judge at most: they are decoded beforehand (3 GB of 10 s), and scored at each judgement.
+MAX_HELD_OUT_CLIPS = 10_000
 _MEASURED_CLIPS = 1_000  # that a fresh student's features are normalised by
 
 
@@ -265,6 +267,11 @@ def sides(
                 + (f" (left out: {counts(found.skipped)})" if found.skipped else "")
                 + f"; {cure}"
             )
+    if len(found.validation) > MAX_HELD_OUT_CLIPS:
+        reason = f"held out beyond the {MAX_HELD_OUT_CLIPS:,} that judge"
+        found.skipped[reason] += len(found.validation) - MAX_HELD_OUT_CLIPS
+        drawn = np.random.default_rng(0).permutation(len(found.validation))[:MAX_HELD_OUT_CLIPS]
+        found.validation = found.validation.take(sorted(drawn.tolist()))
     if request.truth:
         truth: Truth | None = None
         if label_field is None:

@@ -356,7 +356,12 @@ class DistillationTrainer(Trainer):
             "lwlrap": judged.field.lwlrap,
             "runtime_s": time.monotonic() - started,
         }
-        metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in metrics.items()}
+        # d' may be infinite, which JSON does not hold.
+        metrics = {
+            f"{metric_key_prefix}_{name}": float(value)
+            for name, value in metrics.items()
+            if math.isfinite(value)
+        }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
