@@ -154,7 +154,10 @@ def distill(data: tuple[str, ...], verbose: bool, **options: Any) -> None:
     checkpoint that transformers and `earmark annotate --checkpoint DIR` load.
     """
     quiet(verbose)
-    with errors_said(verbose, kept="What was learned is kept to its last epoch: add --resume"):
+    with errors_said(
+        verbose,
+        kept="What was learned by the last epoch that was judged is kept: add --resume to go on",
+    ):
         _run(data, options)
 
 

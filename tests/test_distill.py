@@ -952,3 +952,25 @@ def test_the_trainers_state_is_json_that_any_reader_takes(made):
         raise ValueError(name)
 
     json.loads((made[0] / "trainer_state.json").read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--hold-out", "fold=4"), ("--group-by", "no such field")]
+)
+def test_a_split_by_a_field_that_no_clip_has_is_refused(
+    tars, tiny_checkpoint, tmp_path, option, value
+):
+    said = run(
+        "distill", tars, "--output", tmp_path / "student", "--teacher", tiny_checkpoint,
+        "--student-layers", 1, option, value, code=2,
+    )  # fmt: skip
+    name = value.partition("=")[0]
+    assert (
+        f"{option}: no clip's metadata has a field {name!r}; it has 'labels', 'recording'" in said
+    )
+
+
+def test_the_weights_can_be_read_by_whoever_may_read_the_rest(made):
+    folder = made[0]
+    modes = {name: (folder / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(set(modes.values())) == 1

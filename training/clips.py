@@ -114,6 +114,7 @@ class Found:
     train: ClipTable = field(default_factory=ClipTable)
     validation: ClipTable = field(default_factory=ClipTable)
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> clips
+    fields: Counter[str] = field(default_factory=Counter)  # of the metadata -> clips that have it
 
 
 def find_clips(
@@ -146,6 +147,7 @@ def find_clips(
             if not isinstance(clip, EncodedClip):
                 found.skipped[f"unreadable: {clip.error.type}"] += 1
                 continue
+            found.fields.update(key for key, value in clip.metadata.items() if value is not None)
             held_out = only_validation or split.is_held_out(clip.member, clip.metadata)
             table = found.validation if held_out else found.train
             table.ids.append(clip_id)

@@ -420,6 +420,12 @@ def rounded(student: ASTForAudioClassification, dtype: str) -> ASTForAudioClassi
 def save(student: ASTForAudioClassification, spec: FeatureSpec, request: Request) -> None:
     """Writes config, weights and feature numbers."""
     rounded(student, request.save_dtype).save_pretrained(request.output)
+    for file in request.output.glob(
+        "*.safetensors"
+    ):  # which safetensors writes for its owner alone
+        umask = os.umask(0)
+        os.umask(umask)
+        file.chmod(0o666 & ~umask)
     ASTFeatureExtractor(
         sampling_rate=spec.sample_rate,
         num_mel_bins=spec.num_mel_bins,

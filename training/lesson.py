@@ -241,6 +241,7 @@ def sides(
     if request.validation_shards:
         split = Split(share=0.0, group_by=split.group_by)
     found = find_clips(request.shards, split, limit=request.limit, **at)
+    check_fields(request.split, found)
     if request.validation_shards:
         others = find_clips(request.validation_shards, split, only_validation=True, **at)
         found.validation = others.validation
@@ -291,6 +292,19 @@ def sides(
         for table in (found.train, found.validation):
             table.truths = [None] * len(table)
     return found
+
+
+def check_fields(split: Split, found: Found) -> None:
+    """Refuses a split by a field that no clip has: it would be no split at all, and say nothing.
+
+    Raises:
+        ClipsError: names the field and those that there are.
+    """
+    hold_out = split.hold_out and split.hold_out[0]
+    for option, name in (("--hold-out", hold_out), ("--group-by", split.group_by)):
+        if name and not found.fields[name]:
+            known = ", ".join(repr(key) for key, _ in found.fields.most_common(20)) or "none"
+            raise ClipsError(f"{option}: no clip's metadata has a field {name!r}; it has {known}")
 
 
 def _labels_only(labels: Sequence[Label]) -> Source:
