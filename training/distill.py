@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -120,6 +121,12 @@ def distill(
     resumed_from = begin(request)
     try:
         lesson = prepare(request, device, say)
+        if not lesson.validation.truth.any():
+            say(
+                "Of the held-out clips none has a label (true is: "
+                f"{lesson.validation.truth_is}): F1, mAP and AUC cannot say how good the student is. "
+                "Hold out more clips."
+            )
         trainer = trainer_of(request, lesson, device, resumed_from, callbacks)
         if first and resumed_from is None:
             output.mkdir(parents=True, exist_ok=True)
@@ -426,14 +433,18 @@ def save(student: ASTForAudioClassification, spec: FeatureSpec, request: Request
         umask = os.umask(0)
         os.umask(umask)
         file.chmod(0o666 & ~umask)
-    ASTFeatureExtractor(
-        sampling_rate=spec.sample_rate,
-        num_mel_bins=spec.num_mel_bins,
-        max_length=spec.max_length,
-        mean=spec.mean,
-        std=spec.std,
-        do_normalize=spec.do_normalize,
-    ).save_pretrained(request.output)
+    with warnings.catch_warnings():
+        # It says that some of AST's own 128 mel filters are empty, which they are.
+        warnings.simplefilter("ignore", UserWarning)
+        extractor = ASTFeatureExtractor(
+            sampling_rate=spec.sample_rate,
+            num_mel_bins=spec.num_mel_bins,
+            max_length=spec.max_length,
+            mean=spec.mean,
+            std=spec.std,
+            do_normalize=spec.do_normalize,
+        )
+    extractor.save_pretrained(request.output)
 
 
 def thresholds_of(

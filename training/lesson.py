@@ -266,7 +266,7 @@ def sides(
             raise ClipsError(
                 f"of {total:,} clips none is {side}"
                 + (f" (left out: {counts(found.skipped)})" if found.skipped else "")
-                + f"; {cure}"
+                + ("" if found.skipped["without teacher scores"] == total else f"; {cure}")
             )
     if len(found.validation) > MAX_HELD_OUT_CLIPS:
         reason = f"held out beyond the {MAX_HELD_OUT_CLIPS:,} that judge"
@@ -280,10 +280,16 @@ def sides(
             truth = read_truth(request.truth, named, request.access)
         unknown = join_truth(found, labels, truth)
         own = sum(int(table.labelled.sum()) for table in (found.train, found.validation))
+        if own == 0 and label_field is not None:
+            known = ", ".join(repr(key) for key, _ in found.fields.most_common(20)) or "no field"
+            raise ClipsError(
+                f"--truth {request.truth!r}: none of the {total:,} clips has a field "
+                f"{label_field!r} in its metadata, which has {known}"
+            )
         if own == 0:
             raise ClipsError(
-                f"--truth {request.truth!r} names none of the {total:,} clips; they are known by "
-                f"names such as {next(iter(found.train.names[0][-1]))!r}, metadata by its fields"
+                f"--truth {request.truth!r} names none of the {total:,} clips, which are known by "
+                f"names such as {next(iter(found.train.names[0][-1]))!r}"
             )
         say(f"{own:,} clips have labels of their own")
         if unknown:
