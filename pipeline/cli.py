@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline import __version__
+from pipeline import __version__, flags
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.options import AnnotateOptions, UsageError, split_beam_options
@@ -63,11 +63,7 @@ def cli() -> None:
     metavar="T",
     help="Score from which a label is a tag. [default: the checkpoint's own per label, else 0.2]",
 )
-@click.option(
-    "--thresholds",
-    metavar="FILE",
-    help="JSON of label name or mid to the score from which it is a tag, or what earmark evaluate --thresholds wrote.",
-)
+@flags.thresholds
 @click.option(
     "--top-k",
     type=click.IntRange(1),
@@ -118,16 +114,8 @@ def cli() -> None:
     metavar="FILE",
     help="A file that names one INPUT a line.",
 )
-@click.option(
-    "--billing-project",
-    metavar="P",
-    help="Google Cloud project that pays for requests to requester-pays buckets.",
-)
-@click.option(
-    "--kms-key",
-    metavar="K",
-    help="Cloud KMS key to encrypt the output with, by its full resource name.",
-)
+@flags.billing_project
+@flags.kms_key
 @click.option(
     "--gpu",
     metavar="TYPE[:COUNT]",
@@ -218,11 +206,7 @@ def demo(folder: str, verbose: bool) -> None:
     metavar="NAME",
     help="BigQuery's dataset, Athena's database or Trino's schema.",
 )
-@click.option(
-    "--billing-project",
-    metavar="P",
-    help="Google Cloud project that pays for requests to requester-pays buckets.",
-)
+@flags.billing_project
 def schema(
     output: str, dialect: Any, table: Any, dataset: str, billing_project: str | None
 ) -> None:

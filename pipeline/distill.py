@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pipeline import flags
 from pipeline.options import UsageError
 from pipeline.terminal import errors_said, quiet
 
@@ -141,11 +142,7 @@ class _LayersOption(click.Command):
     "--push-to-hub", metavar="ID", help="Upload it to the Hugging Face Hub as owner/name."
 )
 @click.option("--private", is_flag=True, help="With --push-to-hub: as a private repository.")
-@click.option(
-    "--billing-project",
-    metavar="P",
-    help="Google Cloud project that pays for requests to requester-pays buckets.",
-)
+@flags.billing_project
 @click.option("--verbose", "-v", is_flag=True, help="Show logs and tracebacks.")
 def distill(data: tuple[str, ...], verbose: bool, **options: Any) -> None:
     """Train a student on DATA to score like a teacher.
@@ -316,7 +313,9 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 def _show(distilled: Any, out: Any) -> None:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, title_justify="left")
+    from training.lesson import counts
+
+    table = Table(box=None, pad_edge=False)
     for column in ("held out", "loss", "F1", "ROC AUC", "accuracy", "mAP", "macro mAP", "d'"):
         table.add_column(column, justify="left" if column == "held out" else "right")
     rows = [("student", distilled.student), ("teacher", distilled.teacher)]
@@ -333,8 +332,6 @@ def _show(distilled: Any, out: Any) -> None:
                 field.d_prime,
             )
             table.add_row(name, loss, *(f"{number:.3f}" for number in numbers))
-    from training.lesson import counts
-
     left_out = f"; left out: {counts(distilled.skipped)}" if distilled.skipped else ""
     out.print(
         f"{distilled.train_clips:,} clips learned from, {distilled.validation_clips:,} held out"

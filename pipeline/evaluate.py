@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline import flags
 from pipeline.options import AnnotateOptions, UsageError
 from pipeline.terminal import errors_said, quiet
 
@@ -131,11 +132,7 @@ _FEWEST_REPLICATES = 50
     metavar="FIELD",
     help="With --thresholds: metadata whose equal values stay in one part, such as the recording.",
 )
-@click.option(
-    "--billing-project",
-    metavar="P",
-    help="Google Cloud project that pays for requests to requester-pays buckets.",
-)
+@flags.billing_project
 @click.option("--verbose", "-v", is_flag=True, help="Show logs, and tracebacks.")
 def evaluate(paths: tuple[str, ...], verbose: bool, **options: Any) -> None:
     """Measure how good the scores in OUTPUT are.

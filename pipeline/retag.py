@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import __version__
+from pipeline import __version__, flags
 from pipeline.options import UsageError
 from pipeline.terminal import errors_said
 
@@ -52,11 +52,7 @@ _NAMED = 20  # damaged shards that are told of one by one
     metavar="T",
     help="Score from which a label is a tag.",
 )
-@click.option(
-    "--thresholds",
-    metavar="FILE",
-    help="JSON of label name or mid to the score from which it is a tag, or what earmark evaluate --thresholds wrote.",
-)
+@flags.thresholds
 @click.option(
     "--top-k",
     type=click.IntRange(1),
@@ -64,16 +60,8 @@ _NAMED = 20  # damaged shards that are told of one by one
     help="Keep at most the K highest tags of a clip. [default: all, whatever OUTPUT has]",
 )
 @click.option("--overwrite", is_flag=True, help="Remove an earlier output from DIR first.")
-@click.option(
-    "--billing-project",
-    metavar="P",
-    help="Google Cloud project that pays for requests to requester-pays buckets.",
-)
-@click.option(
-    "--kms-key",
-    metavar="K",
-    help="Cloud KMS key to encrypt the output with, by its full resource name.",
-)
+@flags.billing_project
+@flags.kms_key
 @click.option("--verbose", "-v", is_flag=True, help="Show tracebacks.")
 def retag(output: str, new: str, verbose: bool, **options: Any) -> None:
     """Write OUTPUT anew with other tags, from its scores, without a model.

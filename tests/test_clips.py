@@ -4,6 +4,7 @@ import io
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from bench.stand_ins import CloudStorage
 from evaluation.scores import EvaluationError, open_source
 from evaluation.truth import read_truth
 from student.features import FRAME_SAMPLES, FeatureSpec
@@ -335,6 +337,54 @@ def test_a_cache_is_made_once_and_knows_what_it_is_of(shards, tmp_path, monkeypa
     monkeypatch.setattr("training.clips.decode", lambda *_: pytest.fail("decoded again"))
     again = cache_sounds(Wanted.of(found.train, shards), 16_000, tmp_path)
     assert again["waveform"] == once["waveform"]
+
+
+def test_a_cache_is_made_anew_where_the_sound_has_changed(tmp_path, make_tar, encoded, noise):
+    stored = []
+    for gain in (1, 2):
+        make_tar(tmp_path / "s.tar", [("a.flac", encoded(gain * noise(800), format="flac"))])
+        shards = plan_shards([str(tmp_path / "s.tar")]).shards
+        wanted = Wanted.of(find_clips(shards, Split(0.0)).train, shards)
+        stored.append(cache_sounds(wanted, 16_000, tmp_path / "cache")[0]["waveform"])
+    assert stored[0] != stored[1]
+
+
+def test_clips_that_are_gone_are_counted(shards, tmp_path):
+    found = find_clips(shards, Split(0.0))
+    cached = cache_sounds(Wanted.of(found.train.take([0, 1]), shards), 16_000, tmp_path)
+    skipped = Counter()
+    assert len(audible(cached, 5, skipped)) == 2
+    assert skipped == {"gone since they were found": 3}
+
+
+def test_a_worker_process_reads_from_cloud_storage(shards, lead_to):
+    """Its parent has asked there before, and a connection does not survive a fork."""
+    with CloudStorage("clips") as cloud:
+        cloud.put("clips", "0.tar", Path(shards[0].uri).read_bytes())
+        lead_to(cloud.env)
+        remote = plan_shards(["gs://clips/0.tar"]).shards
+        found = find_clips(remote, Split(0.0))
+        streamed = StreamedClips(Wanted.of(found.train, remote), 16_000, seed=0)
+        loader = torch.utils.data.DataLoader(streamed, batch_size=None, num_workers=1)
+        assert sorted(example["row"] for example in loader) == list(range(6))
+
+
+def test_scores_that_are_no_numbers_are_refused(shards, tmp_path):
+    found = find_clips(shards, Split(0.0))
+    source = scores_file(tmp_path / "s.parquet", found.train.ids[:2], [0.5, np.nan])
+    with pytest.raises(EvaluationError, match="that is no number"):
+        join_scores(found, [source])
+
+
+def test_where_a_shard_lies_does_not_move_its_clips(tmp_path, make_tar, encoded, noise):
+    members = [(f"{n}.flac", encoded(noise(800, n), format="flac")) for n in range(8)]
+    sides = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        make_tar(tmp_path / place / "s.tar", members)
+        found = find_clips(plan_shards([str(tmp_path / place)]).shards, Split(0.6))
+        sides.append([clip_id.rpartition("/")[2] for clip_id in found.validation.ids])
+    assert sides[0] == sides[1] != []
 
 
 # ------------------------------------------------------------------ the order

@@ -19,11 +19,18 @@ import torch
 from click.testing import CliRunner
 from huggingface_hub import HfApi, errors
 from safetensors.torch import load_file
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, TrainerCallback
+from transformers import (
+    ASTForAudioClassification,
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    TrainerCallback,
+)
 from transformers import pipeline as transformers_pipeline
 
 from pipeline.cli import cli
-from student import Student
+from student import DeviceError, Student
+from student.checkpoint import read_checkpoint
+from student.features import FeatureSpec
 from student.labels import audioset_labels
 from training import hub, trainer
 from training.clips import Split
@@ -974,3 +981,66 @@ def test_the_weights_can_be_read_by_whoever_may_read_the_rest(made):
     folder = made[0]
     modes = {name: (folder / name).stat().st_mode for name in ("model.safetensors", "config.json")}
     assert len(set(modes.values())) == 1
+
+
+def test_a_value_that_holds_out_no_clip_is_refused(tars, tiny_checkpoint, tmp_path):
+    error = refused(
+        tars, "-o", tmp_path / "student", "--teacher", tiny_checkpoint, "--student-layers", 1,
+        "--hold-out", "recording=r99",
+    )  # fmt: skip
+    assert "--hold-out: no clip's metadata has recording=r99" in error
+
+
+def test_a_truth_that_meets_no_clip_is_refused(tars, tiny_checkpoint, tmp_path):
+    (tmp_path / "truth.csv").write_text("file,labels\nelsewhere.flac,Speech\n")
+    command = (tars, "-o", tmp_path / "s", "--teacher", tiny_checkpoint, "--student-layers", 1)
+    error = refused(*command, "--truth", tmp_path / "truth.csv")
+    assert "names none of the 20 clips, which are known by names such as 'a" in error
+    error = refused(*command, "--truth", "metadata:lables")
+    assert "none of the 20 clips has a field 'lables' in its metadata, which has 'labels'" in error
+
+
+def test_features_do_not_follow_autocast(tiny_checkpoint, noise):
+    """float16 does not hold the power of a loud sound, and bfloat16 not its digits."""
+    listener = trainer.Listener.of(
+        ASTForAudioClassification.from_pretrained(tiny_checkpoint),
+        FeatureSpec(num_mel_bins=32, max_length=128),
+    )
+    waveforms, lengths = torch.from_numpy(noise((2, 8_000))), torch.tensor([8_000, 8_000])
+    expected = listener.log_mel(waveforms, lengths)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(listener.hear(waveforms, lengths), expected, rtol=0, atol=0)
+
+
+def test_a_gpu_by_number_is_refused(request_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.distill.choose_device", lambda _: torch.device("cuda", 1))
+    with pytest.raises(DeviceError, match="CUDA_VISIBLE_DEVICES=1"):
+        distill(request_of(tmp_path / "student"), say=lambda line: None)
+
+
+@pytest.mark.parametrize(("every", "stops"), [(1, False), (2, True)])
+def test_patience_is_in_epochs_however_seldom_is_judged(tmp_path, every, stops):
+    keeper = trainer.KeepBest(4, every, tmp_path)
+    keeper.trainer = SimpleNamespace(average=None)
+    state = SimpleNamespace(
+        log_history=[{"eval_mAP": value} for value in (0.5, 0.4, 0.3)], is_world_process_zero=True
+    )
+    control = SimpleNamespace(should_training_stop=False)
+    keeper.on_evaluate(None, state, control, {"eval_mAP": 0.3})
+    assert control.should_training_stop is stops
+
+
+@pytest.mark.usefixtures("only_weights")
+def test_the_card_names_what_judged_and_what_was_used(request_of, tmp_path):
+    request = request_of(tmp_path / "s", max_steps=1, validation_data="other clips")
+    done = distill(request, say=lambda line: None)
+    card = (tmp_path / "s" / "README.md").read_text("utf-8")
+    assert done.card.hyperparameters["precision"] == "float32"
+    assert (done.card.hyperparameters["steps"], done.card.hyperparameters["total_batch"]) == (1, 8)
+    assert [data.name for data in done.card.data] == ["clips", "other clips"]
+    assert "What is true of these clips is what the teacher says of them" in card
+
+
+def test_thresholds_know_their_weights(made):
+    stated = json.loads((made[0] / "thresholds.json").read_text())["fitted_on"]["weights_sha256"]
+    assert stated == read_checkpoint(str(made[0])).weights_sha256

@@ -28,6 +28,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from evaluation.metrics import average_precision
+from evaluation.scores import match, names_of, open_source
 from student import Student
 from student.labels import audioset_labels
 from training.attribution import attributions
@@ -189,9 +190,8 @@ def measure(
     """How the stored student does on clips that it never saw, which these are, and facts of all."""
     student = Student.load(str(checkpoint), device="cpu")
     index_of = {label.mid: label.index for label in audioset_labels()}
-    teacher_of = _teacher_scores(corpus)
     facts: list[dict[str, Any]] = []
-    ids, scores, teacher, own_class, own_labels = [], [], [], [], []
+    ids, scores, own_class, own_labels = [], [], [], []
     for number, clip in enumerate(corpus_clips(corpus)):
         if limit is not None and number >= limit:
             break
@@ -202,10 +202,10 @@ def measure(
         waveform = np.concatenate(list(AudioDecoder(clip.audio).mono(SAMPLE_RATE)))
         ids.append(clip_id)
         scores.append(score(student, waveform))
-        teacher.append(teacher_of[clip_id])
         own_class.append(clip.metadata.get("esc10_class", ""))
         own_labels.append([index_of[mid] for mid in clip.metadata.get("labels", ())])
-    matrix, theirs = np.stack(scores), np.stack(teacher)
+    teacher = open_source(str(corpus / "teacher_scores.parquet"))
+    matrix, theirs = np.stack(scores), match(teacher, [names_of(clip_id) for clip_id in ids]).scores
     top5 = np.argsort(-matrix, axis=1)[:, :5]
     esc10 = [row for row, name in enumerate(own_class) if name]
     labels_of_class = {own_class[row]: own_labels[row] for row in esc10}
@@ -326,13 +326,6 @@ On the same {metrics["esc10_clips"]} clips the teacher's stored scores have one 
 {percent("teachers_esc10_right_class_of_ten")}. Made by `python -m training.bundled`.
 """,
     )
-
-
-def _teacher_scores(corpus: Path) -> dict[str, NDArray[np.float32]]:
-    table = pq.read_table(corpus / "teacher_scores.parquet", columns=["clip_id", "scores"])
-    flat = table["scores"].combine_chunks().values.to_numpy(zero_copy_only=False)
-    rows = flat.reshape(len(table), -1).astype(np.float32)
-    return dict(zip(table["clip_id"].to_pylist(), rows, strict=True))
 
 
 def _share(values: Any) -> float:

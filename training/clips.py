@@ -115,6 +115,7 @@ class Found:
     validation: ClipTable = field(default_factory=ClipTable)
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> clips
     fields: Counter[str] = field(default_factory=Counter)  # of the metadata -> clips that have it
+    held_by_value: int = 0  # clips with the value of `Split.hold_out`
 
 
 def find_clips(
@@ -148,6 +149,9 @@ def find_clips(
                 found.skipped[f"unreadable: {clip.error.type}"] += 1
                 continue
             found.fields.update(key for key, value in clip.metadata.items() if value is not None)
+            if split.hold_out is not None:
+                name, value = split.hold_out
+                found.held_by_value += str(clip.metadata.get(name)) == value
             held_out = only_validation or split.is_held_out(clip.member, clip.metadata)
             table = found.validation if held_out else found.train
             table.ids.append(clip_id)

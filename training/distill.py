@@ -427,12 +427,10 @@ def rounded(student: ASTForAudioClassification, dtype: str) -> ASTForAudioClassi
 def save(student: ASTForAudioClassification, spec: FeatureSpec, request: Request) -> None:
     """Writes config, weights and feature numbers."""
     rounded(student, request.save_dtype).save_pretrained(request.output)
-    for file in request.output.glob(
-        "*.safetensors"
-    ):  # which safetensors writes for its owner alone
-        umask = os.umask(0)
-        os.umask(umask)
-        file.chmod(0o666 & ~umask)
+    # safetensors writes for its owner alone; the config beside it has the usual rights.
+    usual = (request.output / "config.json").stat().st_mode
+    for file in request.output.glob("*.safetensors"):
+        file.chmod(usual)
     with warnings.catch_warnings():
         # It says that some of AST's own 128 mel filters are empty, which they are.
         warnings.simplefilter("ignore", UserWarning)

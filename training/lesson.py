@@ -301,16 +301,18 @@ def sides(
 
 
 def check_fields(split: Split, found: Found) -> None:
-    """Refuses a split by a field that no clip has: it would be no split at all, and say nothing.
+    """Refuses a split by a field or value that no clip has: it would be none, and not say so.
 
     Raises:
-        ClipsError: names the field and those that there are.
+        ClipsError: names the field and those that there are, or the value.
     """
     hold_out = split.hold_out and split.hold_out[0]
     for option, name in (("--hold-out", hold_out), ("--group-by", split.group_by)):
         if name and not found.fields[name]:
             known = ", ".join(repr(key) for key, _ in found.fields.most_common(20)) or "none"
             raise ClipsError(f"{option}: no clip's metadata has a field {name!r}; it has {known}")
+    if split.hold_out and not found.held_by_value:
+        raise ClipsError(f"--hold-out: no clip's metadata has {'='.join(split.hold_out)}")
 
 
 def _labels_only(labels: Sequence[Label]) -> Source:

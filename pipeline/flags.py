@@ -1,0 +1,23 @@
+"""Options that several commands take, in the same words."""
+
+from __future__ import annotations
+
+import click
+
+billing_project = click.option(
+    "--billing-project",
+    metavar="P",
+    help="Google Cloud project that pays for requests to requester-pays buckets.",
+)
+
+kms_key = click.option(
+    "--kms-key",
+    metavar="K",
+    help="Cloud KMS key to encrypt the output with, by its full resource name.",
+)
+
+thresholds = click.option(
+    "--thresholds",
+    metavar="FILE",
+    help="JSON of label name or mid to the score from which it is a tag, or what earmark evaluate --thresholds wrote.",
+)
