@@ -6,6 +6,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ from evaluation.metrics import (
     roc_auc,
 )
 from evaluation.scores import EvaluationError, Matched, Source, batches, match
-from evaluation.truth import Truth, resolve
+from evaluation.thresholds import Total, total_of
+from evaluation.truth import Truth, groups_of, resolve
 from student.labels import Label
 
 # Labels by their number of positives, from the first to the second (None: and more).
@@ -34,6 +36,7 @@ BUCKETS: tuple[tuple[int, int | None], ...] = ((1, 4), (5, 9), (10, 29), (30, 99
 # A label with fewer positives has no interval: docs/evaluation.md has how often they would hold.
 MIN_POSITIVES_OF_INTERVAL = 10
 _EXAMPLES = 20
+_Cell = TypeVar("_Cell", np.float32, np.bool_)
 _SHARE, _ANY = (0.0, 1.0), (-np.inf, np.inf)  # what a metric cannot leave
 _SMALLEST = 1e-7  # a score nearer to 0 or 1 is this near in a logarithm: float16 has both
 
@@ -57,6 +60,8 @@ class Availability:
     failed: dict[str, int]  # "stage/type" -> clips of the truth whose row is an error
     absent: int  # clips of the truth without a row
     absent_examples: tuple[str, ...]
+    own_tags_are_truth: bool  # tag for tag: then nothing is measured but what was put in
+    teacher_is_student: bool  # score for score
     teacher_lacks: int  # scored clips of the truth that the teacher has not scored
     unasked: int  # scored clips that are not in the truth
     other_bytes: int  # of them, those with the name of a clip of the truth, but other bytes
@@ -68,6 +73,15 @@ class Availability:
     labels: int  # of the checkpoint
     labels_compared: int  # by --labels-at-least, and those that the teacher has too
     labels_without_positives: int  # among those compared
+
+
+@dataclass(frozen=True)
+class Tagging:
+    """How good the tags are that an output has, by whatever thresholds it was made with."""
+
+    clips: int  # with a tag
+    tags: int
+    total: Total
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ class Quality:
     label_high: Floats
     label_auc: Floats  # [labels]
     reliability: Reliability
+    tagging: Tagging | None  # None where the scores lie without tags
     clips_per_s: float | None
     audio_s_per_s: float | None
 
@@ -136,6 +151,7 @@ class Evaluation:
     agreement: Agreement | None
     buckets: tuple[Bucket, ...]
     replicates: int
+    groups: int | None  # of clips, that were resampled; None: each clip by itself
     clip_ids: tuple[str, ...]  # [clips] as the student's output has them: the arrays' rows
     truth: NDArray[np.bool_]  # [clips, labels]
     scores: NDArray[np.float32]  # [clips, labels]
@@ -158,6 +174,7 @@ def evaluate(
     labels_at_least: int = 0,
     replicates: int = 200,
     seed: int = 0,
+    group_by: str | None = None,
 ) -> Evaluation:
     """Reads the scores of the truth's clips and measures them.
 
@@ -172,20 +189,21 @@ def evaluate(
             0 takes all labels of the checkpoint, those without positives too.
         replicates: of the bootstrap; 0 for none.
         seed: of the bootstrap.
+        group_by: a field of the metadata: clips with equal values are resampled together.
 
     Raises:
         EvaluationError: nothing is left to compare, or the truth and the scores do not fit.
     """
-    matched = match(source, truth.names)
+    matched = match(source, truth.names, tags=True)
     _refuse_none(matched, source, truth)
-    clips, clip_ids, scores = matched.clips, matched.clip_ids, matched.scores
+    clips, clip_ids, scores, tags = matched.clips, matched.clip_ids, matched.scores, matched.tags
     known = resolve(truth, source.labels, clips.tolist())
     own = Own(source.labels, clip_ids, matched.hashes, known.matrix, scores)
     labels = source.labels
-    teacher_scores, teacher_joined_by, lacking = None, Counter[str](), 0
+    teacher_scores, teacher_tags, teacher_joined_by, lacking = None, None, Counter[str](), 0
     if teacher is not None:
         source, teacher = _told_apart(source, teacher)
-        of_teacher = match(teacher, truth.names)
+        of_teacher = match(teacher, truth.names, tags=True)
         _refuse_none(of_teacher, teacher, truth)
         common, ours, theirs = np.intersect1d(clips, of_teacher.clips, return_indices=True)
         if not len(common):
@@ -197,10 +215,14 @@ def evaluate(
         clip_ids = tuple(clip_ids[row] for row in ours)
         clips, labels = common, tuple(source.labels[index] for index in columns)
         scores = _part(scores, ours, columns)
+        tags = None if tags is None else _part(tags, ours, columns)
         teacher_scores = _part(of_teacher.scores, theirs, teacher_columns)
+        if of_teacher.tags is not None:
+            teacher_tags = _part(of_teacher.tags, theirs, teacher_columns)
         teacher_joined_by = of_teacher.joined_by
         known = resolve(truth, source.labels, clips.tolist())
     matrix = known.matrix[:, [label.index for label in labels]]
+    own_tags_are_truth = tags is not None and bool(tags.any()) and np.array_equal(tags, matrix)
     if labels_at_least:
         kept = np.flatnonzero(matrix.sum(axis=0) >= labels_at_least)
         if not len(kept):
@@ -210,13 +232,20 @@ def evaluate(
             )
         matrix, scores = matrix[:, kept], scores[:, kept]
         teacher_scores = None if teacher_scores is None else teacher_scores[:, kept]
+        tags = None if tags is None else tags[:, kept]
+        teacher_tags = None if teacher_tags is None else teacher_tags[:, kept]
         labels = tuple(labels[index] for index in kept)
     positives = matrix.sum(axis=0)
 
-    student, draws = _quality(source, matrix, scores, replicates, seed)
+    group: NDArray[np.int64] | None = None
+    if group_by is not None and replicates:
+        named, _ = groups_of(source, group_by, clip_ids)
+        group = np.unique(named, return_inverse=True)[1]
+    resampling = (replicates, seed, group)
+    student, draws = _quality(source, matrix, scores, tags, *resampling)
     beside, agreement, teacher_draws = None, None, None
     if teacher is not None and teacher_scores is not None:
-        beside, teacher_draws = _quality(teacher, matrix, teacher_scores, replicates, seed)
+        beside, teacher_draws = _quality(teacher, matrix, teacher_scores, teacher_tags, *resampling)
         agreement = _agreement(student, beside, scores, teacher_scores, draws, teacher_draws)
     missing = sorted(
         set(range(len(truth.clips))) - set(matched.clips.tolist()) - set(matched.failed)
@@ -230,6 +259,9 @@ def evaluate(
             failed=dict(Counter(matched.failed.values()).most_common()),
             absent=len(missing),
             absent_examples=tuple(truth.clips[place] for place in missing[:_EXAMPLES]),
+            own_tags_are_truth=own_tags_are_truth,
+            teacher_is_student=teacher_scores is not None
+            and np.array_equal(scores, teacher_scores),
             teacher_lacks=lacking,
             unasked=matched.unasked,
             other_bytes=matched.other_bytes,
@@ -249,6 +281,7 @@ def evaluate(
         agreement=agreement,
         buckets=_buckets(positives, student, beside, draws, teacher_draws),
         replicates=replicates,
+        groups=None if group is None else int(group.max()) + 1,
         clip_ids=clip_ids,
         truth=matrix,
         scores=scores,
@@ -310,9 +343,7 @@ def _common_labels(source: Source, teacher: Source) -> tuple[list[int], list[int
     return [ours for ours, _ in common], [their for _, their in common]
 
 
-def _part(
-    scores: NDArray[np.float32], rows: NDArray[np.intp], columns: Sequence[int]
-) -> NDArray[np.float32]:
+def _part(scores: NDArray[_Cell], rows: NDArray[np.intp], columns: Sequence[int]) -> NDArray[_Cell]:
     """Rows and columns of a matrix; the matrix itself where that is all of it."""
     if len(rows) < len(scores) or (np.diff(rows) < 0).any():
         scores = scores[rows]
@@ -323,8 +354,10 @@ def _quality(
     source: Source,
     truth: NDArray[np.bool_],
     scores: NDArray[np.float32],
+    tags: NDArray[np.bool_] | None,
     replicates: int,
     seed: int,
+    group: NDArray[np.int64] | None,
 ) -> tuple[Quality, Replicates | None]:
     try:
         card, field = card_metrics(truth, scores), field_metrics(truth, scores)
@@ -337,7 +370,7 @@ def _quality(
     nothing = np.full(truth.shape[1], np.nan)
     low, high, draws = nothing, nothing, None
     if replicates:
-        draws = bootstrap(truth, scores, replicates, seed)
+        draws = bootstrap(truth, scores, replicates, seed, group)
         ranges = [
             interval(column, value, bounds=_SHARE)
             for column, value in zip(draws.average_precision.T, precision, strict=True)
@@ -366,10 +399,18 @@ def _quality(
         label_high=high,
         label_auc=roc_auc(truth, scores),
         reliability=calibrated,
+        tagging=None if tags is None else _tagging(truth, tags),
         clips_per_s=source.clips_per_s,
         audio_s_per_s=source.audio_s_per_s,
     )
     return quality, draws
+
+
+def _tagging(truth: NDArray[np.bool_], tags: NDArray[np.bool_]) -> Tagging:
+    right, tagged, positives = ((one.sum(axis=0)) for one in (truth & tags, tags, truth))
+    return Tagging(
+        int(tags.any(axis=1).sum()), int(tagged.sum()), total_of(right, tagged, positives)
+    )
 
 
 def agreement_of(

@@ -167,7 +167,8 @@ def card_metrics(truth: Bools, scores: Floats) -> CardMetrics:
     """
     _check(truth, scores)
     counts = {name: one.sum()[None] for name, one in _clip_counts(truth, scores).items()}
-    card = {name: float(value[0]) for name, value in _of_counts(counts, len(truth)).items()}
+    clips = np.full(1, len(truth), np.float64)
+    card = {name: float(value[0]) for name, value in _of_counts(counts, clips).items()}
     return CardMetrics(**card, mAP=micro_average_precision(truth, scores))
 
 
@@ -199,30 +200,41 @@ def field_metrics(truth: Bools, scores: Floats) -> FieldMetrics:
     )
 
 
-def bootstrap(truth: Bools, scores: Floats, replicates: int = 200, seed: int = 0) -> Replicates:
+def bootstrap(
+    truth: Bools,
+    scores: Floats,
+    replicates: int = 200,
+    seed: int = 0,
+    groups: NDArray[np.int64] | None = None,
+) -> Replicates:
     """Every metric of `card_metrics` and `field_metrics` on resampled clips.
 
     A replicate draws as many clips as there are, with replacement. A label that has no
     positive among them is left out of that replicate's means. Each label's scores are sorted
-    once; a replicate is a count for each clip.
+    once; a replicate is a count for each clip. Of clips that belong together, such as those of
+    one recording, whole groups are drawn: as many as there are.
 
     Args:
         truth: bool [clips, labels].
         scores: float [clips, labels].
         replicates: how many; 200 are enough for a 95 % interval to about a tenth of its width.
         seed: of the resampling.
+        groups: int64 [clips], the number of each clip's group, from 0 without gaps; None: each
+            clip is by itself.
 
     Raises:
         ValueError: the arrays do not fit together, or a score is not finite.
     """
     _check(truth, scores)
     clips = len(truth)
+    group = np.arange(clips) if groups is None else groups
+    group_count = int(group.max(initial=-1)) + 1
     random = np.random.default_rng(seed)
     # Counts [clips, replicates]: a clip's row is read at once wherever it ranks.
     drawn = np.zeros((clips, replicates), np.int32)
     for replicate in range(replicates):
-        chosen = random.integers(0, clips, clips) if clips else np.zeros(0, np.int64)
-        drawn[:, replicate] = np.bincount(chosen, minlength=clips)
+        chosen = random.integers(0, group_count, group_count) if clips else np.zeros(0, np.int64)
+        drawn[:, replicate] = np.bincount(chosen, minlength=group_count)[group]
 
     precisions = np.full((truth.shape[1], replicates), np.nan)
     areas = np.full((truth.shape[1], replicates), np.nan)
@@ -242,7 +254,7 @@ def bootstrap(truth: Bools, scores: Floats, replicates: int = 200, seed: int = 0
     with np.errstate(invalid="ignore"):
         ranking = weights @ _ranking_precisions(truth, scores) / positives.sum(axis=0)
     values = {
-        **_of_counts(counts, clips),
+        **_of_counts(counts, weights.sum(axis=1)),
         "mAP": np.concatenate(micro) if micro else np.zeros(0),
         **_macro(precisions, areas, positives),
         "lwlrap": ranking,
@@ -488,15 +500,15 @@ def _clip_counts(truth: Bools, scores: Floats) -> dict[str, Floats]:
     }
 
 
-def _of_counts(counts: Mapping[str, Floats], clips: int) -> dict[str, Floats]:
-    """F1, ROC AUC of the predictions and accuracy, from sums over clips [replicates]."""
+def _of_counts(counts: Mapping[str, Floats], clips: Floats) -> dict[str, Floats]:
+    """F1, ROC AUC of the predictions and accuracy, from sums over clips, and clips [replicates]."""
     hit, predicted, true = counts["hit"], counts["predicted"], counts["true"]
     false = counts["pairs"] - true
     with np.errstate(invalid="ignore", divide="ignore"):
         # scikit-learn calls an F1 without any positive or prediction 0.
         f1 = np.where(predicted + true > 0, 2 * hit / (predicted + true), 0.0)
         area = (hit / true + 1 - (predicted - hit) / false) / 2
-        accuracy = counts["exact"] / clips if clips else np.full_like(hit, np.nan)
+        accuracy = counts["exact"] / clips
     return {"f1": f1, "roc_auc": area, "accuracy": accuracy}
 
 

@@ -16,8 +16,11 @@ _BARS = 12  # labels from either end
 _STUDENT, _TEACHER = "#1f5fa8", "#d9822b"
 
 
-def picture(evaluation: Evaluation) -> bytes:
-    """A PNG of about 2,400 x 1,700 pixels.
+FORMATS = ("png", "svg", "pdf")
+
+
+def picture(evaluation: Evaluation, file_format: str = "png") -> bytes:
+    """A picture of about 2,400 x 1,700 pixels, in one of `FORMATS`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -41,7 +44,7 @@ def picture(evaluation: Evaluation) -> bytes:
         fontsize=15,
     )
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    figure.savefig(file, format=file_format)
     return file.getvalue()
 
 

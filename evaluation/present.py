@@ -54,6 +54,7 @@ def sheets(evaluation: Evaluation) -> tuple[Sheet, ...]:
     return (
         _metrics(evaluation, "As the published card states it", CARD_COLUMNS, CARD_NOTE),
         _metrics(evaluation, "As AudioSet taggers are compared", FIELD_COLUMNS, FIELD_NOTE),
+        *_tagging(evaluation),
         *_agreement(evaluation),
         *_speed(evaluation),
         *_buckets(evaluation),
@@ -83,6 +84,13 @@ def availability(evaluation: Evaluation) -> Iterator[str]:
         yield f"{a.absent:,} clips of the truth have no row, such as {some}."
     if a.teacher_lacks:
         yield f"{a.teacher_lacks:,} scored clips of the truth are left out: the teacher lacks them."
+    if a.own_tags_are_truth:
+        yield (
+            "The truth is what the output is tagged with, tag for tag: if it was made from it, the "
+            "numbers say how the scores were cut, not how good they are."
+        )
+    if a.teacher_is_student:
+        yield "The teacher's scores are the student's own, digit for digit: is --teacher another run?"
     if a.unasked:
         other = (
             f"; {a.other_bytes:,} of them have the name of one, but other bytes"
@@ -180,7 +188,11 @@ def as_json(evaluation: Evaluation) -> str:
         "format": FORMAT,
         "truth": evaluation.truth_name,
         "availability": asdict(evaluation.availability),
-        "bootstrap": {"replicates": evaluation.replicates, "level": 0.95},
+        "bootstrap": {
+            "replicates": evaluation.replicates,
+            "groups": evaluation.groups,
+            "level": 0.95,
+        },
         "student": _quality(evaluation.student),
         "teacher": _quality(evaluation.teacher) if evaluation.teacher else None,
         "agreement": asdict(a) if a else None,
@@ -228,9 +240,30 @@ def _metrics(evaluation: Evaluation, title: str, columns: dict[str, str], note: 
     if evaluation.replicates:
         note += (
             f" {RANGE}: where the number would be on other clips of this kind and number, by "
-            f"{evaluation.replicates} bootstrap replicates."
+            f"{evaluation.replicates} bootstrap replicates"
+            + ("." if evaluation.groups is None else f" of {evaluation.groups:,} groups of clips.")
         )
     return Sheet(title, ("Model", *columns.values()), tuple(rows), note, turned=True)
+
+
+def _tagging(evaluation: Evaluation) -> Iterator[Sheet]:
+    rows = []
+    for model in _models(evaluation):
+        if model.tagging is None:
+            continue
+        total = model.tagging.total
+        of = (
+            total.micro_precision, total.micro_recall, total.micro_f1,
+            total.macro_precision, total.macro_recall, total.macro_f1,
+        )  # fmt: skip
+        cells = [model.name, f"{model.tagging.clips:,}", f"{model.tagging.tags:,}"]
+        rows.append((*cells, *("" if value is None else f"{value:.3f}" for value in of)))
+    if rows:
+        header = (
+            "Model", "clips with a tag", "tags", "micro precision", "micro recall", "micro F1",
+            "macro precision", "macro recall", "macro F1",
+        )  # fmt: skip
+        yield Sheet("The tags that the output has", header, tuple(rows), turned=True)
 
 
 def _agreement(evaluation: Evaluation) -> Iterator[Sheet]:
@@ -299,8 +332,10 @@ def _extremes(evaluation: Evaluation) -> Iterator[Sheet]:
     if evaluation.teacher:
         gaps = evaluation.label_gaps
         ranked = sorted(ranked, key=lambda index: gaps[index])
-        title = f"The {_SHOWN_LABELS} labels furthest below {evaluation.teacher.name} and the "
-        title += f"{_SHOWN_LABELS} furthest above,"
+        title = (
+            f"The {_SHOWN_LABELS} labels that come off worst beside {evaluation.teacher.name} and "
+        )
+        title += f"the {_SHOWN_LABELS} that come off best,"
     else:
         title = f"The {_SHOWN_LABELS} highest and the {_SHOWN_LABELS} lowest"
     title += f" of {len(ranked)} labels with {least} positives or more"
@@ -397,6 +432,7 @@ def _quality(quality: Quality) -> dict[str, Any]:
             name: [interval.low, interval.high] for name, interval in quality.intervals.items()
         },
         "reliability": asdict(quality.reliability),
+        "tags": asdict(quality.tagging) if quality.tagging else None,
         "clips_per_s": quality.clips_per_s,
         "audio_s_per_s": quality.audio_s_per_s,
     }

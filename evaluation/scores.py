@@ -9,6 +9,7 @@ a similar one. `join` has the rules.
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -52,6 +54,7 @@ class Source:
     files: tuple[str, ...]  # in `output`
     labels: tuple[Label, ...]
     weights_sha256: str | None = None
+    has_tags: bool = False  # an output has, whatever its thresholds
     summary: dict[str, Any] = field(default_factory=dict)  # summary.json; empty where there is none
 
     @property
@@ -79,6 +82,7 @@ class Matched:
     clip_ids: tuple[str, ...]  # [scored] of the rows
     hashes: tuple[str | None, ...]  # [scored] audio_xxh128 of the rows, where it is known
     scores: NDArray[np.float32]  # [scored, labels]
+    tags: NDArray[np.bool_] | None  # [scored, labels]; None where none were read
     failed: dict[int, str]  # place -> "stage/type" of the row's error
     joined_by: Counter[str]  # of NAME_KINDS -> clips
     unasked: int  # scored rows that were not asked for
@@ -100,6 +104,12 @@ def open_source(
         EvaluationError: it is neither, or cannot be read.
     """
     uri = uri.rstrip("/")
+    if "://" not in uri and os.path.isfile(uri) and not uri.endswith(".parquet"):
+        raise EvaluationError(
+            f"{uri!r} is a file; expected the folder that earmark annotate wrote, or a .parquet file "
+            "with clip_id and scores: audio is annotated first (earmark annotate, or earmark evaluate "
+            "--checkpoint)"
+        )
     try:
         if uri.endswith(".parquet"):
             folder, name = posixpath.split(uri)
@@ -116,7 +126,8 @@ def _open_folder(uri: str, output: Output) -> Source:
     if run_json is None:
         raise EvaluationError(
             f"{uri!r} has no {RUN_FILE}; expected the folder that earmark annotate wrote, or a "
-            ".parquet file with clip_id and scores"
+            ".parquet file with clip_id and scores: audio is annotated first (earmark annotate, or "
+            "earmark evaluate --checkpoint)"
         )
     try:
         checkpoint = json.loads(run_json)["checkpoint"]
@@ -140,6 +151,7 @@ def _open_folder(uri: str, output: Output) -> Source:
         ),
         labels=tuple(Label(row["index"], row["mid"] or "", row["name"]) for row in rows),
         weights_sha256=weights_sha256,
+        has_tags=True,
         summary=json.loads(summary) if summary else {},
     )
 
@@ -289,13 +301,16 @@ def join(clips: Sequence[Names], rows: Iterable[Names], clips_of: str, rows_of: 
     return joining.finish(clips_of, rows_of)
 
 
-def match(source: Source, clips: Sequence[Names], clips_of: str = "the truth") -> Matched:
+def match(
+    source: Source, clips: Sequence[Names], clips_of: str = "the truth", *, tags: bool = False
+) -> Matched:
     """Reads the scores of `clips`; rows of others are let go at once. See `join`.
 
     Args:
         source: whose rows are read.
         clips: what each clip asked for is known by.
         clips_of: what they are of, for errors.
+        tags: whether to read tags too, of a source that has any.
 
     Raises:
         EvaluationError: a name fits several rows or several clips, a row holds another number
@@ -303,12 +318,15 @@ def match(source: Source, clips: Sequence[Names], clips_of: str = "the truth") -
     """
     joining = _Join(clips)
     kept: list[NDArray[np.float32]] = []
+    kept_tags: list[NDArray[np.bool_]] = []
     kept_ids: list[str] = []
     kept_hashes: list[str | None] = []
     places: dict[int, int] = {}  # row -> its place in what is kept
     errors: dict[int, str] = {}  # row -> "stage/type"
     row = 0
-    for batch in batches(source, ["clip_id", "member", "audio_xxh128", "scores", "error"]):
+    columns = ["clip_id", "member", "audio_xxh128", "scores", "error"]
+    tags = tags and source.has_tags
+    for batch in batches(source, columns + ["tags"] * tags):
         take: list[int] = []
         of_rows = zip(row_names(batch, source), _column(batch, "error"), strict=True)
         for in_batch, (names, error) in enumerate(of_rows):
@@ -321,6 +339,8 @@ def match(source: Source, clips: Sequence[Names], clips_of: str = "the truth") -
         if take:
             taken = batch.take(pa.array(take))
             kept.append(score_matrix(taken.column("scores"), source))
+            if tags and "tags" in taken.schema.names:
+                kept_tags.append(tag_matrix(taken.column("tags"), source))
             kept_ids += taken.column("clip_id").to_pylist()
             kept_hashes += _column(taken, "audio_xxh128")
     joined = joining.finish(clips_of, repr(source.uri))
@@ -328,15 +348,19 @@ def match(source: Source, clips: Sequence[Names], clips_of: str = "the truth") -
     found = sorted(clip for clip, row in joined.rows.items() if row in places)
     order = [places[joined.rows[clip]] for clip in found]
     scores = np.concatenate(kept) if kept else np.zeros((0, len(source.labels)), np.float32)
+    # Files of another making may lack tags; those of some rows are no help.
+    tagged = np.concatenate(kept_tags) if len(kept_tags) == len(kept) > 0 else None
     # Read in the order asked for, as a rule: then nothing is copied.
     if order != list(range(len(scores))):
         scores = scores[order]
+        tagged = None if tagged is None else tagged[order]
     repeated = sum(row not in errors for row in joined.repeated)
     return Matched(
         clips=np.array(found, np.int64),
         clip_ids=tuple(kept_ids[place] for place in order),
         hashes=tuple(kept_hashes[place] for place in order),
         scores=scores,
+        tags=tagged,
         failed={clip: errors[row] for clip, row in joined.rows.items() if row in errors},
         joined_by=Counter(NAME_KINDS[joined.kinds[clip]] for clip in found),
         unasked=row - len(errors) - len(found) - repeated,
@@ -510,6 +534,24 @@ def score_matrix(column: pa.Array, source: Source) -> NDArray[np.float32]:
         )
     matrix = flat.to_numpy(zero_copy_only=False).reshape(len(column), labels)
     return matrix.astype(np.float32, copy=False)
+
+
+def tag_matrix(column: pa.Array, source: Source) -> NDArray[np.bool_]:
+    """Lists of tags as [rows, labels]: which labels each row is tagged with.
+
+    Raises:
+        EvaluationError: a tag's index is that of no label.
+    """
+    matrix = np.zeros((len(column), len(source.labels)), bool)
+    index = pc.struct_field(column.flatten(), "index").to_numpy(zero_copy_only=False)
+    if len(index) and not 0 <= index.min() <= index.max() < len(source.labels):
+        raise EvaluationError(
+            f"{source.uri!r} has tags whose index is not within its {len(source.labels)} labels: is "
+            "its labels.parquet that of another checkpoint?"
+        )
+    counts = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    matrix[np.repeat(np.arange(len(column)), counts), index] = True
+    return matrix
 
 
 def _ends(path: str) -> frozenset[str]:

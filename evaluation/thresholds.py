@@ -26,6 +26,8 @@ from student.checkpoint import DEFAULT_THRESHOLD, THRESHOLDS_FORMAT
 from student.labels import Label
 
 MIN_THRESHOLD, MAX_THRESHOLD = 0.05, 0.9
+# Of all labels together. Below, the threshold that is best for the clips at hand is mostly luck.
+FEWEST_POSITIVES = 100
 FIXED_THRESHOLDS = (DEFAULT_THRESHOLD, 0.5)  # reported beside the fitted ones
 
 # A label with so many positives is half its own and half what all labels say together.
@@ -264,7 +266,7 @@ def fit_thresholds(
         a=round(shared_a, 4),
         b=round(shared_b, 4),
         totals={
-            name: _total(hits[name][0], hits[name][1], in_all)
+            name: total_of(hits[name][0], hits[name][1], in_all)
             for name in (*(f"{fixed:g}" for fixed in FIXED_THRESHOLDS), "global", "tuned")
         },
         uncalibrated=uncalibrated.result(),
@@ -556,7 +558,8 @@ def _fitted_label(
     )
 
 
-def _total(right: Counts, tagged: Counts, positives: Counts) -> Total:
+def total_of(right: Counts, tagged: Counts, positives: Counts) -> Total:
+    """Precision, recall and F1 of counts [labels]: right tags, tags, and clips that have the label."""
     f1 = 2 * right / np.maximum(tagged + positives, 1)
     rights, tags, all_positives = int(right.sum()), int(tagged.sum()), int(positives.sum())
     has = positives > 0

@@ -193,6 +193,12 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
         for name, count in total.tags.most_common(_TOP_TAGS):
             table.add_row(escape(name), f"{count:,}")
         console.print(table)
+    elif total.clips > total.failed:
+        console.print(
+            "No score reached its threshold, so that no clip has a tag; all scores are there. `earmark "
+            "retag` with a lower --threshold makes tags of them.",
+            style="yellow", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     clips = f"{output.rstrip('/')}/{CLIPS_FOLDER}/*.parquet".replace("'", "''")
     query = f"SELECT member, [t.name for t in tags] AS tags FROM '{clips}' LIMIT 10"
     console.print("Query it, for instance with DuckDB:", highlight=False, soft_wrap=True)

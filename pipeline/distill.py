@@ -81,6 +81,11 @@ class _LayersOption(click.Command):
     help=f"A student that has learned nothing, of this shape: {', '.join(_SHAPE)}.",
 )
 @click.option(
+    "--student",
+    metavar="C",
+    help="A student that learns on: a checkpoint, whole. Its features and shape stay.",
+)
+@click.option(
     "--truth",
     metavar="FILE",
     help="Labels of the clips' own, as of evaluate: a file, or metadata:FIELD.",
@@ -182,9 +187,11 @@ def _run(data: tuple[str, ...], options: dict[str, Any]) -> None:
     try:
         recipe = _recipe(options)
         if options["show"]:
+            lines = []
             for name, value in as_settings(recipe).items():
                 shown = " ".join(map(str, value)) if isinstance(value, list) else value
-                click.echo(f"{name}={shown}")
+                lines.append(f"{name}={shown}")
+            click.echo("\n".join(lines))  # at once: `head` may close the pipe after a few
             return
         request = _request(data, options, recipe)
 
@@ -239,9 +246,19 @@ def _request(data: tuple[str, ...], options: dict[str, Any], recipe: Any) -> Any
         from training.hub import check_id
 
         check_id(options["push_to_hub"])
-    if options["fresh"] and (options["teacher_layers"] or options["student_layers"]):
+    layers_set = {name.partition("=")[0].strip() for name in options["settings"]} & {
+        "teacher_layers", "student_layers",
+    }  # fmt: skip
+    if options["fresh"] and (options["teacher_layers"] or options["student_layers"] or layers_set):
         raise UsageError(
             "--fresh begins with nothing, --teacher-layers and --student-layers with layers"
+        )
+    if options["student"] and (
+        options["teacher_layers"] or options["student_layers"] or layers_set
+    ):
+        raise UsageError(
+            "--student begins as a checkpoint, --teacher-layers and --student-layers as a teacher's "
+            "layers: give one"
         )
     if options["validation"] and (options["hold_out"] or options["group_by"]):
         raise UsageError(
@@ -263,6 +280,7 @@ def _request(data: tuple[str, ...], options: dict[str, Any], recipe: Any) -> Any
         teacher=options["teacher"],
         teacher_scores=options["teacher_scores"],
         fresh=_shape(options["fresh"]) if options["fresh"] else None,
+        student=options["student"],
         truth=options["truth"],
         cache=Path(options["cache"]) if options["cache"] else None,
         workers=options["workers"],

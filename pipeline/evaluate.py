@@ -81,6 +81,12 @@ _FEWEST_REPLICATES = 50
     help="With --checkpoint: how a clip's score is made from those of its chunks.",
 )
 @click.option(
+    "--limit",
+    type=click.IntRange(1),
+    metavar="N",
+    help="With --checkpoint: the first N clips of DATA only.",
+)
+@click.option(
     "--labels-at-least",
     type=click.IntRange(0),
     default=0,
@@ -107,7 +113,9 @@ _FEWEST_REPLICATES = 50
 @click.option("--json", "json_file", metavar="FILE", help="Write everything as JSON.")
 @click.option("--markdown", metavar="FILE", help="Write the tables for a model card.")
 @click.option("--per-label", metavar="FILE", help="Write a row for each label as CSV.")
-@click.option("--picture", metavar="FILE", help="Draw curves, reliability and labels as PNG.")
+@click.option(
+    "--picture", metavar="FILE", help="Draw curves, reliability and labels as .png, .svg or .pdf."
+)
 @click.option(
     "--thresholds",
     metavar="FILE",
@@ -130,7 +138,7 @@ _FEWEST_REPLICATES = 50
 @click.option(
     "--group-by",
     metavar="FIELD",
-    help="With --thresholds: metadata whose equal values stay in one part, such as the recording.",
+    help="Metadata whose equal values stay together, such as the recording: in a replicate, and in one part.",
 )
 @flags.billing_project
 @click.option("--verbose", "-v", is_flag=True, help="Show logs, and tracebacks.")
@@ -161,7 +169,7 @@ def _check(paths: tuple[str, ...], options: dict[str, Any]) -> None:
             )
         if options["output"] is not None:
             raise UsageError("--output is where --checkpoint annotates to; name the checkpoint too")
-        for name in ("device", "dtype", "pool"):
+        for name in ("device", "dtype", "pool", "limit"):
             if options[name] != getattr(AnnotateOptions, name):
                 raise UsageError(
                     f"--{name} is of the annotation that --checkpoint makes; an output has its scores"
@@ -172,9 +180,10 @@ def _check(paths: tuple[str, ...], options: dict[str, Any]) -> None:
             f"{_FEWEST_REPLICATES} or more, or 0 for none"
         )
     if options["thresholds"] is None:
-        for name in ("target_precision", "group_by"):
-            if options[name] is not None:
-                raise UsageError(f"--{name.replace('_', '-')} is for --thresholds; name its file")
+        if options["target_precision"] is not None:
+            raise UsageError("--target-precision is for --thresholds; name its file")
+        if options["group_by"] is not None and not options["bootstrap"]:
+            raise UsageError("--group-by is for --thresholds and --bootstrap; ask for one of them")
     for option in ("json_file", "markdown", "per_label", "picture", "thresholds"):
         file = options[option]
         if file is None:
@@ -186,6 +195,13 @@ def _check(paths: tuple[str, ...], options: dict[str, Any]) -> None:
             )
         if Path(file).is_dir():
             raise UsageError(f"--{name} {file!r} cannot be written: it is a folder; name a file")
+    if options["picture"]:
+        from evaluation.picture import FORMATS
+
+        if Path(options["picture"]).suffix[1:].lower() not in FORMATS:
+            raise UsageError(
+                f"--picture {options['picture']!r}: expected a name that ends in .{', .'.join(FORMATS)}"
+            )
     if options["picture"] and importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             "--picture needs matplotlib, which is not installed: pip install --editable '.[train]', "
@@ -194,13 +210,18 @@ def _check(paths: tuple[str, ...], options: dict[str, Any]) -> None:
 
 
 def _evaluate(paths: tuple[str, ...], options: dict[str, Any]) -> None:
-    from evaluation.scores import open_source
+    from evaluation.scores import EvaluationError, open_source
     from evaluation.truth import read_stated_truth, read_truth
     from transforms.storage import Access
 
     access = Access(options["billing_project"])
     checkpoint = options["checkpoint"]
-    source = open_source(paths[0], access) if checkpoint is None else None
+    try:
+        source = open_source(paths[0], access) if checkpoint is None else None
+    except EvaluationError as error:
+        if str(error).endswith("annotated first"):
+            raise UsageError(f"{error}: name a checkpoint with --checkpoint") from error
+        raise
     labels = _labels_of(checkpoint, access) if source is None else source.labels
     about = {
         "clip_column": options["clip_column"],
@@ -233,6 +254,7 @@ def _measure(source: Source, truth: Truth, teacher: Source | None, options: dict
         labels_at_least=options["labels_at_least"],
         replicates=options["bootstrap"],
         seed=options["seed"],
+        group_by=options["group_by"],
     )
     console = Console()
     present.show(evaluation, console)
@@ -240,7 +262,7 @@ def _measure(source: Source, truth: Truth, teacher: Source | None, options: dict
     def picture() -> bytes:
         from evaluation.picture import picture as draw
 
-        return draw(evaluation)
+        return draw(evaluation, Path(options["picture"]).suffix[1:].lower())
 
     _write("--json", options["json_file"], lambda: present.as_json(evaluation))
     _write("--markdown", options["markdown"], lambda: present.markdown(evaluation))
@@ -252,7 +274,7 @@ def _measure(source: Source, truth: Truth, teacher: Source | None, options: dict
 
 def _labels_of(checkpoint: str, access: Access) -> tuple[Label, ...]:
     from student.checkpoint import CheckpointError, read_checkpoint
-    from transforms.annotate import local_checkpoint
+    from transforms.checkpoint import local_checkpoint
 
     try:
         return read_checkpoint(local_checkpoint(checkpoint, access)).labels
@@ -298,6 +320,7 @@ def _annotated(paths: tuple[str, ...], options: dict[str, Any]) -> Iterator[str]
                 device=options["device"],
                 dtype=options["dtype"],
                 pool=options["pool"],
+                limit=options["limit"],
                 billing_project=options["billing_project"],
             )
         )
@@ -314,7 +337,7 @@ def _fit_thresholds(
     source: Source, evaluation: Evaluation, options: dict[str, Any], console: Any
 ) -> None:
     """Fits for all labels of the student, on all clips of the truth that it has scored."""
-    from evaluation.thresholds import fit_thresholds
+    from evaluation.thresholds import FEWEST_POSITIVES, fit_thresholds
     from evaluation.truth import groups_of
 
     own = evaluation.own
@@ -345,6 +368,11 @@ def _fit_thresholds(
         )
     except ValueError as error:
         raise UsageError(f"--thresholds: {error}") from error
+    if fitted.positives < FEWEST_POSITIVES:
+        say(
+            f"The truth has {fitted.positives:,} labels in all: below {FEWEST_POSITIVES}, thresholds and "
+            "calibration are mostly luck. Look at them before you use them."
+        )
     _write("--thresholds", options["thresholds"], fitted.to_json)
     _show_fitted(fitted, console, say)
 
@@ -372,13 +400,21 @@ def _show_fitted(fitted: FittedThresholds, console: Any, say: Callable[[str], No
     console.print(table)
     if fitted.target_precision is not None:
         reach = sum(bool(label.reaches_target) for label in fitted.labels)
+        cure = "" if reach else " Lower --target-precision, or give more clips."
         say(
             f"{reach:,} of {len(fitted.labels):,} labels reach a precision of "
             f"{fitted.target_precision:g}; the others have no threshold and never become tags."
+            + cure
         )
+    better = fitted.calibrated.ece <= fitted.uncalibrated.ece
     say(
         f"Expected calibration error: {fitted.uncalibrated.ece:.4f} of the scores, "
-        f"{fitted.calibrated.ece:.4f} calibrated."
+        f"{fitted.calibrated.ece:.4f} calibrated"
+        + (
+            "."
+            if better
+            else ": on these clips the scores are the better probabilities as they are."
+        )
     )
 
 
@@ -390,3 +426,4 @@ def _write(option: str, file: str | None, content: Callable[[], str | bytes]) ->
         Path(file).write_bytes(made if isinstance(made, bytes) else made.encode())
     except OSError as error:
         raise UsageError(f"{option} {file!r} cannot be written: {error.strerror}") from error
+    click.echo(f"Wrote {file}", err=True)

@@ -14,7 +14,7 @@ from pipeline.options import UsageError
 from pipeline.run import Job, annotate, annotation_of, empty_pipeline, row_options
 from student.checkpoint import CheckpointError
 from student.model import DeviceError, Student
-from transforms.annotate import local_checkpoint
+from transforms.checkpoint import local_checkpoint
 from transforms.output import check_writable
 from transforms.read import read_clips
 from transforms.records import ScoredClip

@@ -35,7 +35,8 @@ from pipeline.thresholds import Thresholds, asked_thresholds
 from student import BUNDLED
 from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from student.model import DeviceError, choose_device, choose_dtype
-from transforms.annotate import AnnotateShards, Annotation, local_checkpoint
+from transforms.annotate import AnnotateShards, Annotation
+from transforms.checkpoint import local_checkpoint
 from transforms.meter import NAMESPACE, Meter
 from transforms.output import LocalOutput, Output, open_output, remove_abandoned
 from transforms.records import Shard

@@ -277,6 +277,12 @@ def test_mean_pooling_is_the_mean_of_the_chunks(annotate, shards, tmp_path):
     np.testing.assert_allclose(long["scores"], expected, rtol=1e-5)
 
 
+def test_that_nothing_was_tagged_is_said(annotate, shards, tmp_path):
+    done = annotate(shards, "--output", tmp_path, "--threshold", 1)
+    assert done.exit_code == 0
+    assert "No score reached its threshold, so that no clip has a tag" in done.output
+
+
 def test_limit_takes_the_first_clips(annotate, shards, tmp_path):
     assert annotate(shards, "--output", tmp_path, "--limit", 4).exit_code == 0
     assert [row["member"] for row in rows_of(tmp_path)] == [

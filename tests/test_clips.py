@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +26,7 @@ from training.clips import (
     StreamedClips,
     Wanted,
     audible,
+    audio_s_of,
     cache_sounds,
     decode,
     drawing_weights,
@@ -516,3 +518,10 @@ def test_a_crop_is_never_longer_than_the_clip_or_a_chunk():
     assert max(batch["lengths"].tolist()) == SPEC.chunk_samples
     starts = (batch["waveforms"][:, 0] * 32_767).round()
     assert float(starts.min()) < 5_000 and float(starts.max()) > 20_000
+
+
+def test_the_seconds_of_a_cache():
+    sounds = [b"", bytes(2 * 16_000), bytes(2 * 4_000)]
+    cached = datasets.Dataset.from_dict({"waveform": sounds, "row": [0, 1, 2]})
+    assert audio_s_of(cached, 16_000) == 1.25
+    assert audio_s_of(cached.select([2]), 16_000) == 0.25

@@ -6,6 +6,7 @@ import http.server
 import json
 import math
 import re
+import shutil
 import threading
 from collections import Counter
 from dataclasses import asdict, fields, replace
@@ -27,6 +28,7 @@ from transformers import (
 )
 from transformers import pipeline as transformers_pipeline
 
+from evaluation import thresholds
 from pipeline.cli import cli
 from student import DeviceError, Student
 from student.checkpoint import read_checkpoint
@@ -102,11 +104,11 @@ def test_settings_are_read_by_the_kind_of_their_field():
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("learning_rate", "fast", "expected float"),
+        ("learning_rate", "fast", "expected a number"),
         ("learning_rate", "0", "learning_rate is 0, expected more than 0"),
         ("learning_rate", "nan", "learning_rate is nan, expected a number"),
         ("learning_rate", "inf", "learning_rate is inf"),
-        ("batch", "2.5", "expected int"),
+        ("batch", "2.5", "expected a whole number"),
         ("batch", "0", "batch is 0, expected 1 or more"),
         ("accumulation", "-1", "accumulation is -1, expected 1 or more"),
         ("alpha", "1.5", "alpha is 1.5, expected 0 to 1"),
@@ -124,7 +126,7 @@ def test_settings_are_read_by_the_kind_of_their_field():
         ("schedule", "constant", "expected linear or cosine"),
         ("teacher_layers", "0 two", "expected layer numbers such as 0 2 4 6 8 10, or None"),
         ("teacher_layers", "", "expected layer numbers such as 0 2 4 6 8 10, or None"),
-        ("temprature", "2", "a recipe has no 'temprature'; it has teacher_layers, "),
+        ("temprature", "2", "no 'temprature' (is temperature meant?); it has teacher_layers, "),
     ],
 )
 def test_a_number_that_cannot_be_is_named(name, text, expected):
@@ -240,6 +242,14 @@ def refused(*arguments, code=2):
 # ------------------------------------------------------------------ what a run leaves
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_labels_choose_thresholds():
+    """As many as these small data have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.distill.FEWEST_POSITIVES", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tars, annotated, tiny_checkpoint):
     """(folder of a student, what was said): stored scores, own labels, a cache, averaged."""
@@ -301,6 +311,73 @@ def test_a_student_is_loaded_by_annotate_with_its_thresholds(made, tars, tmp_pat
     said = run("annotate", tars, "--checkpoint", folder, "--output", tmp_path / "out",
                "--thresholds", thresholds,)  # fmt: skip
     assert "20 clips, 19 scored and 1 failed" in said
+
+
+def test_a_student_learns_on_whole(made, tars, annotated, tmp_path, monkeypatch):
+    """Of a learning rate of nearly nothing comes what was there; the card says what it was."""
+    folder, _ = made
+    monkeypatch.setattr("training.distill.FEWEST_POSITIVES", thresholds.FEWEST_POSITIVES)
+    said = run(
+        "distill", tars, "--output", tmp_path / "on", "--student", folder,
+        "--teacher-scores", annotated, *SMALL, "--set", "learning_rate=1e-12", "--set", "epochs=1",
+        "--set", "average_decay=0", "--validation-share", SHARE, "--group-by", "recording",
+        "--truth", "metadata:labels",
+    )  # fmt: skip
+    before, after = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "on"))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, atol=1e-6, rtol=0)
+    facts = "preprocessor_config.json"
+    assert (tmp_path / "on" / facts).read_text() == (folder / facts).read_text()
+    card = (tmp_path / "on" / "README.md").read_text()
+    assert "It learned on from the weights of student." in card and str(folder) not in card
+    # So few held-out clips choose no thresholds, and that is said.
+    assert not (tmp_path / "on" / "thresholds.json").exists()
+    assert "No thresholds.json" in said and "Tags come from 0.2" in said
+
+
+def test_a_student_that_learns_on_is_the_only_beginning(made, tars, annotated, tmp_path):
+    folder, _ = made
+    command = (tars, "-o", tmp_path / "x", "--student", folder, "--teacher-scores", annotated)
+    error = refused(*command, "--student-layers", 1)
+    assert "--student begins as a checkpoint" in error
+    error = refused(*command, "--set", "student_layers=3")
+    assert "--student begins as a checkpoint" in error
+    error = refused(*command, "--fresh", "hidden_size=32")
+    assert "--fresh begins with nothing, --student with a checkpoint" in error
+
+
+def test_a_student_that_learned_from_what_judges_now_says_so(made, tars, annotated, tmp_path):
+    folder, _ = made
+    command = ("distill", tars, "--student", folder, "--teacher-scores", annotated, *SMALL,
+               "--set", "epochs=1", "--truth", "metadata:labels", "--max-steps", "1")  # fmt: skip
+    same = run(
+        *command, "-o", tmp_path / "same", "--validation-share", SHARE, "--group-by", "recording"
+    )
+    assert "flatter" not in same + (tmp_path / "same" / "README.md").read_text()
+    other = run(*command, "-o", tmp_path / "other", "--validation-share", "0.5")
+    said = "Before, this student learned from some of the same shards"
+    assert said in other and said in (tmp_path / "other" / "README.md").read_text()
+    shutil.copytree(folder, tmp_path / "stranger", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "stranger" / "distill.json").unlink()
+    command = tuple(tmp_path / "stranger" if part == folder else part for part in command)
+    stranger = run(*command, "-o", tmp_path / "third", "--validation-share", "0.5")
+    assert "What this student had learned from before is not known here" in stranger
+
+
+def test_a_teacher_of_another_rate_may_have_its_scores_stored(
+    made, tars, annotated, tiny_checkpoint, tmp_path
+):
+    folder, _ = made
+    shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    facts = json.loads((tmp_path / "other" / "preprocessor_config.json").read_text())
+    (tmp_path / "other" / "preprocessor_config.json").write_text(
+        json.dumps(facts | {"sampling_rate": 32_000})
+    )
+    command = (tars, "-o", tmp_path / "s", "--student", folder, "--teacher", tmp_path / "other")
+    error = refused(*command, *SMALL)
+    assert "hears at 16000 Hz, --teacher" in error and "give its output with --teacher" in error
+    run("distill", *command, *SMALL, "--max-steps", "1", "--teacher-scores", annotated)
 
 
 def test_a_row_an_epoch_and_the_card_says_the_same(made, metrics):
@@ -454,6 +531,35 @@ def test_a_teacher_that_runs_along_and_its_stored_scores_teach_the_same(
     # Features of a teacher that runs along are float32, those of annotate float64.
     assert float((one - other).norm()) < 0.02 * float((one - begun).norm())
     assert distilled[0].student.loss == pytest.approx(distilled[1].student.loss, rel=1e-3)
+
+
+@pytest.mark.usefixtures("only_weights")
+def test_beside_stored_scores_an_assistant_is_half_of_the_target(
+    request_of, annotated, tiny_checkpoint, make_checkpoint, tmp_path
+):
+    """Cross-entropy is linear in the target: so is the loss of weights that hardly move."""
+    other = make_checkpoint(tmp_path / "other", NAMES)
+    with torch.no_grad():
+        model = ASTForAudioClassification.from_pretrained(other)
+        model.classifier.dense.weight.neg_()
+    model.save_pretrained(other)
+    assistant = trainer.Listener.of(
+        model.eval().requires_grad_(False), read_checkpoint(str(other)).features
+    )
+    numbers = {"learning_rate": 1e-12, "alpha": 0.0, "epochs": 1.0, "limit": 19, "mixup_share": 0.0}
+
+    def loss(name, **begins):
+        request = request_of(tmp_path / name, student=str(tiny_checkpoint), **numbers, **begins)
+        distill(request, silent)
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        return state["log_history"][0]["loss"]
+
+    stored = loss("stored", teacher_scores=(str(annotated),))
+    along = loss("along", teacher=str(other))
+    both = loss("both", teacher_scores=(str(annotated),), assistant=assistant)
+    assert abs(stored - along) > 0.1 * stored
+    # What is stored is of whole clips, which are cut here, the same in all three.
+    assert both == pytest.approx((stored + along) / 2, rel=1e-4)
 
 
 @pytest.mark.usefixtures("only_weights")
@@ -704,6 +810,24 @@ def test_clips_without_scores_are_left_out(annotated, tars, tiny_checkpoint, tmp
     learned, held_out = map(int, re.findall(r"(\d+) clips to learn from, (\d+) held out", said)[0])
     assert learned + held_out == 10
     assert "without teacher scores" in (tmp_path / "s" / "README.md").read_text()
+
+
+def test_scores_of_other_clips_say_what_both_are_named(tars, tiny_checkpoint, tmp_path):
+    column = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(527, np.float32)), 527)
+    pq.write_table(pa.table({"clip_id": ["elsewhere"], "scores": column}), tmp_path / "s.parquet")
+    error = refused(tars, "-o", tmp_path / "s", "--teacher", tiny_checkpoint,
+                    "--teacher-scores", tmp_path / "s.parquet", *COMMAND)  # fmt: skip
+    assert "20 without teacher scores" in error
+    assert re.search(r"names such as '.*a0.*', the scores are of clips such as 'elsewhere'", error)
+
+
+@pytest.mark.usefixtures("only_weights")
+def test_a_stream_is_resumed_with_as_many_workers(tars, tiny_checkpoint, tmp_path):
+    command = ("distill", tars, "-o", tmp_path / "s", "--teacher", tiny_checkpoint, *COMMAND,
+               "--set", "epochs=1")  # fmt: skip
+    run(*command)
+    said = run(*command, "--resume", "--workers", "1", code=2)
+    assert "--resume: --workers and processes were [0, 1], are [1, 1]" in said
 
 
 @pytest.mark.usefixtures("only_weights")

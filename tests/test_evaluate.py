@@ -203,13 +203,68 @@ def test_an_output_as_its_own_truth_is_perfect(output, tmp_path):
         said = json.loads(file.read_text())
         assert said["student"]["field"]["macro_map"] == 1
         assert said["availability"]["joined_by"] == {"clip_id": 11}
-    run(output, "--truth", output, "--teacher", output, "--json", file, "--bootstrap", 50)
+        assert said["availability"]["own_tags_are_truth"]
+        assert said["student"]["tags"]["total"]["micro_f1"] == 1
+    shown = run(output, "--truth", output, "--teacher", output, "--json", file, "--bootstrap", 50)
+    assert "The truth is what the output is tagged with, tag for tag" in shown
+    assert "The teacher's scores are the student's own" in shown
+    assert f"Wrote {file}" in shown
     said = json.loads(file.read_text())
+    assert said["availability"]["teacher_is_student"]
     assert (said["student"]["name"], said["teacher"]["name"]) == ("tiny, student", "tiny, teacher")
     agreement = said["agreement"]
     assert (agreement["top1"], agreement["top5_jaccard"]) == (1, 1)
     assert agreement["kl"] == pytest.approx(0, abs=1e-9)
     assert agreement["differences"]["f1"] == {"value": 0, "low": 0, "high": 0}
+
+
+def test_the_tags_of_an_output_are_judged_as_they_are(output, rows, tmp_path):
+    """By hand; and retagging changes them, and nothing else."""
+    run(output, "--truth", "metadata:labels", "--json", tmp_path / "e.json", "--bootstrap", 0)
+    before = json.loads((tmp_path / "e.json").read_text())["student"]
+    scored = [row for row in rows if row["error"] is None]
+    tags = [{tag["name"] for tag in row["tags"]} for row in scored]
+    true = [set(json.loads(row["metadata"])["labels"]) for row in scored]
+    right = sum(len(mine & theirs) for mine, theirs in zip(tags, true, strict=True))
+    found = before["tags"]
+    assert found["tags"] == sum(map(len, tags)) > 0
+    assert found["clips"] == sum(map(bool, tags))
+    assert found["total"]["micro_precision"] == pytest.approx(right / found["tags"], abs=1e-4)
+    assert found["total"]["micro_recall"] == pytest.approx(right / sum(map(len, true)), abs=1e-4)
+
+    again = tmp_path / "again"
+    command = ["retag", str(output), "--output", str(again), "--threshold", "0.99999"]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    shown = run(
+        again, "--truth", "metadata:labels", "--json", tmp_path / "e.json", "--bootstrap", 0
+    )
+    after = json.loads((tmp_path / "e.json").read_text())["student"]
+    assert (after["card"], after["field"]) == (before["card"], before["field"])
+    left = sum(score >= 0.99999 for row in scored for score in row["scores"])
+    assert after["tags"]["tags"] == left < before["tags"]["tags"]
+    assert "The tags that the output has" in shown
+
+
+def test_clips_of_a_recording_are_resampled_together(output, tmp_path):
+    file = tmp_path / "e.json"
+    common = (output, "--truth", "metadata:labels", "--bootstrap", 50, "--json", file)
+    run(*common)
+    alone = json.loads(file.read_text())
+    shown = run(*common, "--group-by", "recording")
+    together = json.loads(file.read_text())
+    assert (alone["bootstrap"]["groups"], together["bootstrap"]["groups"]) == (None, 6)
+    assert alone["student"]["intervals"]["f1"] != together["student"]["intervals"]["f1"]
+    assert "50 bootstrap replicates of 6 groups of clips." in re.sub(r"\s+", " ", shown)
+
+
+def test_scores_without_tags_have_none_to_judge(output, teacher, tmp_path):
+    run(teacher, "--truth", output, "--json", tmp_path / "e.json", "--bootstrap", 0)
+    assert json.loads((tmp_path / "e.json").read_text())["student"]["tags"] is None
+    # What another tool calls tags is none of an output's, and no obstacle.
+    table = pq.read_table(teacher)
+    for column in (pa.array([["dog"]] * len(table)), pa.nulls(len(table))):
+        pq.write_table(table.append_column("tags", column), tmp_path / "t.parquet")
+        run(tmp_path / "t.parquet", "--truth", output, "--bootstrap", 0)
 
 
 def test_audio_is_annotated_first(output, shard, tiny_checkpoint, tmp_path):
@@ -223,6 +278,8 @@ def test_audio_is_annotated_first(output, shard, tiny_checkpoint, tmp_path):
     assert made["labels"] == again["labels"]
     said = run("--checkpoint", tiny_checkpoint, shard, *common)  # into a temporary folder
     assert "11 of the truth's 12 clips" in said
+    said = run("--checkpoint", tiny_checkpoint, shard, *common, "--limit", 3)
+    assert "3 of the truth's 3 clips" in said
 
 
 def test_audio_is_annotated_as_it_is_asked_for(shard, tiny_checkpoint, tmp_path):
@@ -261,6 +318,7 @@ def test_thresholds_are_fitted_on_what_was_compared(output, tmp_path):
     said = run(output, "--truth", "metadata:labels", "--bootstrap", 0, "--thresholds", file,
                "--folds", 3, "--group-by", "recording")  # fmt: skip
     assert "Thresholds, on clips that the fit did not see" in said
+    assert re.search(r"The truth has \d\d labels in all: below 100, thresholds and", said)
     assert "--group-by recording: 11 clips in 6 groups; 0 clips without it" in said
     fitted = json.loads(file.read_text())
     assert fitted["fitted_on"]["clips"] == 11
@@ -295,6 +353,13 @@ def test_an_output_and_a_truth_in_cloud_storage(output, rows, earmark, tmp_path)
     ("arguments", "said"),
     [
         (["nowhere", "--truth", "metadata:labels"], "has no run.json"),
+        (["SHARD", "--truth", "metadata:labels"], "audio is annotated first (earmark annotate, or"),
+        (
+            ["OUT", "--truth", "metadata:labels", "--group-by", "recording", "--bootstrap", "0"],
+            "--group-by is for --thresholds and --bootstrap",
+        ),
+        (["OUT", "--truth", "metadata:labels", "--limit", "3"], "--limit is of the annotation"),
+        (["OUT", "--truth", "metadata:labels", "--picture", "e.jpg"], "ends in .png, .svg, .pdf"),
         (["OUT", "OUT", "--truth", "metadata:labels"], "2 outputs were given"),
         (["OUT", "--truth", "metadata:labels", "--output", "x"], "name the checkpoint too"),
         (["OUT", "--truth", "metadata:labels", "--target-precision", "0.9"], "is for --thresholds"),
@@ -324,10 +389,10 @@ def test_an_output_and_a_truth_in_cloud_storage(output, rows, earmark, tmp_path)
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(
-    output, tiny_checkpoint, tmp_path, monkeypatch, arguments, said
+    output, shard, tiny_checkpoint, tmp_path, monkeypatch, arguments, said
 ):
     monkeypatch.chdir(tmp_path)
-    named = {"OUT": output, "CKPT": tiny_checkpoint}
+    named = {"OUT": output, "SHARD": shard, "CKPT": tiny_checkpoint}
     shown = run(*(named.get(argument, argument) for argument in arguments), code=2)
     assert said in re.sub(r"\s+", " ", shown) and shown.count("Error:") == 1
     assert not list(tmp_path.iterdir())  # nothing is left behind
@@ -365,7 +430,10 @@ def test_the_largest_gaps_are_shown_beside_a_teacher(output):
     console = Console(file=io.StringIO(), width=200)
     present.show(replace(evaluation, teacher=teacher), console)
     title, _, *rows = console.file.getvalue().split("\n\n")[-1].splitlines()
-    assert "5 labels furthest below tiny, teacher and the 5 furthest above, of 12" in title
+    assert (
+        "5 labels that come off worst beside tiny, teacher and the 5 that come off best, of 12"
+        in title
+    )
     gaps = [row.split()[-1] for row in rows]
     assert gaps == [f"{-0.12 + k / 100:+.3f}" for k in (0, 1, 2, 3, 4, 7, 8, 9, 10, 11)]
 

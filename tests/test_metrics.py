@@ -187,6 +187,21 @@ def test_equal_seeds_draw_equal_clips():
     assert not np.array_equal(one.values["mAP"], other.values["mAP"])
 
 
+def test_copies_of_one_clip_that_are_drawn_together_say_no_more_than_it():
+    """Four copies of each clip: drawn one by one, they would halve the intervals."""
+    truth, scores = draw(50, 3, 8, 9)
+    once = metrics.bootstrap(truth, scores, 200, 1)
+    copies = np.repeat(truth, 4, axis=0), np.repeat(scores, 4, axis=0)
+    groups = np.repeat(np.arange(50), 4)
+    together = metrics.bootstrap(*copies, 200, 1, groups)
+    for name, values in once.values.items():
+        np.testing.assert_allclose(together.values[name], values, atol=1e-12)
+    np.testing.assert_allclose(together.average_precision, once.average_precision, atol=1e-12)
+    alone = metrics.bootstrap(*copies, 200, 1)
+    spread = alone.values["accuracy"].std() / once.values["accuracy"].std()
+    assert 0.4 < spread < 0.62
+
+
 def test_an_interval_holds_the_value_of_rare_labels():
     """Their replicates lie higher than the value: the plain percentiles often miss it."""
     for seed in range(4):

@@ -1,5 +1,6 @@
 """The recipe of the bundled student, on a few clips; and the sounds that it synthesises."""
 
+import argparse
 import json
 from dataclasses import replace
 
@@ -7,13 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from student import Student
 from student.checkpoint import BUNDLED_DIRECTORY
 from student.labels import audioset_labels
 from training import bundled
+from training.assistant import Assistant, train_assistant
 from training.attribution import attributions
 from training.corpus import corpus_clips
+from training.lesson import DistillError
 from training.sounds import SAMPLE_RATE, SOUNDS, synthesise
 from transforms.read import read_clips
 from transforms.shards import plan_shards
@@ -59,10 +64,9 @@ def test_only_the_first_label_of_an_esc10_clip_is_its_own(corpus, tmp_path):
 
 
 def test_synthesised_scores_are_known_by_construction(tmp_path):
-    tar, scores = tmp_path / "s.tar", tmp_path / "s.parquet"
-    bundled.write_synthetic(tar, scores, 2)
-    rows = pq.read_table(scores).to_pylist()
-    [shard] = plan_shards([str(tar)]).shards
+    bundled.write_synthetic(tmp_path, 2)
+    rows = pq.read_table(tmp_path / bundled.SYNTHETIC_SCORES).to_pylist()
+    [shard] = plan_shards([str(tmp_path / bundled.SYNTHETIC_TAR)]).shards
     members = [clip.member for clip in read_clips(shard)]
     assert members == [f"{row['clip_id']}.wav" for row in rows]
     assert len(rows) == 2 * len(SOUNDS)
@@ -87,11 +91,14 @@ def test_the_recipe_gives_a_checkpoint_that_loads(corpus, tmp_path, monkeypatch)
     folder, _ = corpus
     monkeypatch.setattr(bundled, "SYNTHETIC_PER_SOUND", 1)
     monkeypatch.setattr(bundled, "SYNTHETIC_VALIDATION_PER_SOUND", 1)
-    monkeypatch.setattr(bundled, "RECIPE", replace(bundled.RECIPE, batch=8))
+    for name in ("FIRST", "THEN"):
+        monkeypatch.setattr(bundled, name, replace(getattr(bundled, name), batch=8))
     output, work = tmp_path / "student", tmp_path / "work"
     arguments = ["--corpus", str(folder), "--output", str(output), "--work", str(work)]
     arguments += ["--workers", "0", "--epochs", "1"]
     bundled.main(arguments)
+    said = (work / "then" / "README.md").read_text()
+    assert "It learned on from the weights of student." in said
     student = Student.load(str(output))
     assert student.parameters == 2_846_351
     assert student.labels == LABELS
@@ -99,12 +106,14 @@ def test_the_recipe_gives_a_checkpoint_that_loads(corpus, tmp_path, monkeypatch)
     assert (output / "model.safetensors").stat().st_size < 8_000_000
     metrics = json.loads((output / "metrics.json").read_text())
     assert (metrics["esc10_clips"], metrics["synthetic_clips"]) == (1, len(SOUNDS))
-    assert (metrics["epochs"], metrics["synthetic_train_clips"]) == (1, len(SOUNDS))
+    assert metrics["synthetic_train_clips"] == len(SOUNDS)
+    assert metrics["epochs"] == {"first": 1, "assistant": 1, "then": 1}
     held_out = (output / "held_out.txt").read_text().split()
     assert "clip-2" in held_out and not {"clip-0", "clip-1"} & set(held_out)
     assert metrics["corpus_clips"] + metrics["held_out_clips"] == 8
     assert "author 0" in (output / "ATTRIBUTION.md").read_text()
     card = (output / "README.md").read_text()
+    assert str(tmp_path) not in card and "half from what a convolutional network" in card
     assert "2,846,351" in card and "demonstration" in card
     assert f"{100 * metrics['synthetic_own_label_in_top3']:.1f} %" in card
 
@@ -148,3 +157,48 @@ def test_the_bundled_students_card_and_numbers_belong_together():
     assert f"{metrics['parameters']:,}" in card and f"{size_bytes / 1e6:.1f} MB" in card
     held_out = (BUNDLED_DIRECTORY / "held_out.txt").read_text().split()
     assert len(held_out) == metrics["held_out_clips"]
+
+
+def test_an_assistant_is_called_as_a_model_and_kept_as_a_file(tmp_path):
+    torch.manual_seed(0)
+    assistant = Assistant(527).eval()
+    features = torch.randn(2, 96, 32)
+    with torch.no_grad():
+        logits = assistant(features).logits
+    assert logits.shape == (2, 527)
+    assert sum(weight.numel() for weight in assistant.parameters()) == 2_389_871
+    save_file(assistant.state_dict(), tmp_path / "a.safetensors")
+    again = Assistant(527).eval()
+    again.load_state_dict(load_file(tmp_path / "a.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(again(features).logits, logits)
+
+
+def test_an_assistant_learns_once(corpus, tmp_path, monkeypatch):
+    folder, _ = corpus
+    arguments = argparse.Namespace(
+        corpus=folder, work=tmp_path / "work", epochs=2.0, workers=0, resume=False, limit=None
+    )
+    arguments.work.mkdir()
+    bundled.write_synthetic(arguments.work, 1)
+    bundled.write_esc10_labels(folder, arguments.work / bundled.LABELS)
+    recipe = replace(bundled.ASSISTANTS, batch=8, judge_every_epochs=1)
+    request = bundled.request(arguments, recipe, tmp_path / "assistant", fresh=bundled.SHAPE)
+    said = []
+    first = train_assistant(request, said.append)
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in said if "held out: l" in line]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert not first.model.training
+
+    def never(*_):
+        raise AssertionError("it has learned already")
+
+    monkeypatch.setattr("training.assistant.trainer_of", never)
+    with pytest.raises(DistillError, match="is not empty"):
+        train_assistant(request, said.append)
+    other = replace(request, resume=True, recipe=replace(recipe, epochs=3.0))
+    with pytest.raises(DistillError, match=r"--resume: epochs was 2\.0, is 3\.0"):
+        train_assistant(other, said.append)
+    again = train_assistant(replace(request, resume=True), said.append)
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor)

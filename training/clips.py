@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
@@ -349,6 +350,14 @@ def audible(cached: datasets.Dataset, clips: int, skipped: Counter[str]) -> data
         skipped["gone since they were found"] += clips - len(cached)
     kept = np.flatnonzero(faults == "")
     return cached if len(kept) == len(faults) else cached.select(kept)
+
+
+def audio_s_of(cached: datasets.Dataset, sample_rate: int) -> float:
+    """Seconds of sound in a cache."""
+    size_bytes = 0
+    for batch in cached.select_columns("waveform").with_format("arrow").iter(1_000):
+        size_bytes += pc.sum(pc.binary_length(batch["waveform"])).as_py()
+    return size_bytes / 2 / sample_rate
 
 
 class CachedClips(torch.utils.data.Dataset[dict[str, Any]]):

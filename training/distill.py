@@ -34,24 +34,28 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
 from evaluation.metrics import card_metrics, field_metrics
-from evaluation.thresholds import fit_thresholds
-from student.checkpoint import read_checkpoint
+from evaluation.thresholds import FEWEST_POSITIVES, fit_thresholds
+from student.checkpoint import DEFAULT_THRESHOLD, read_checkpoint
 from student.features import FeatureSpec
 from student.labels import Label
 from student.model import DeviceError, choose_device
 from training.clips import (
     HASH,
     Batches,
+    CachedClips,
+    audio_s_of,
 )
 from training.curves import Row, draw_curves, write_metrics_csv
 from training.lesson import (
     CACHE_FOLDER,
     OWN,
+    SETTINGS_FILE,
     DistillError,
     Lesson,
     Request,
     layers_of_student,
     prepare,
+    settings_of,
 )
 from training.model_card import Data, Evaluation, ModelCard, model_facts, write_model_card
 from training.presets import as_settings
@@ -69,7 +73,6 @@ from training.trainer import (
     put_weights,
 )
 
-SETTINGS_FILE = "distill.json"
 THRESHOLDS_FILE = "thresholds.json"
 METRICS_FILE = "metrics.csv"
 CURVES_FILE = "curves.png"
@@ -127,6 +130,8 @@ def distill(
                 f"{lesson.validation.truth_is}): F1, mAP and AUC cannot say how good the student is. "
                 "Hold out more clips."
             )
+        if lesson.learned_before:
+            say(lesson.learned_before)
         trainer = trainer_of(request, lesson, device, resumed_from, callbacks)
         if first and resumed_from is None:
             output.mkdir(parents=True, exist_ok=True)
@@ -135,7 +140,7 @@ def distill(
         trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
         if trainer.unheard:
             lesson.found.skipped["undecodable, or too long or short"] += len(trainer.unheard)
-        return keep(request, lesson, trainer)
+        return keep(request, lesson, trainer, say)
     except RuntimeError as error:
         # A CPU's lack of memory has no class of its own.
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
@@ -169,6 +174,7 @@ def trainer_of(
     trainer = DistillationTrainer(
         Listener.of(lesson.student, lesson.spec),
         lesson.runs_along,
+        bool(request.teacher_scores),
         recipe,
         lesson.validation,
         average,
@@ -183,7 +189,9 @@ def trainer_of(
     return trainer
 
 
-def keep(request: Request, lesson: Lesson, trainer: DistillationTrainer) -> Distilled:
+def keep(
+    request: Request, lesson: Lesson, trainer: DistillationTrainer, say: Callable[[str], None]
+) -> Distilled:
     """Writes the student, judged as it is stored, and what is known of it."""
     output, student, validation = request.output, lesson.student, lesson.validation
     # Without the wrapper of mixed precision that training put around it.
@@ -207,7 +215,15 @@ def keep(request: Request, lesson: Lesson, trainer: DistillationTrainer) -> Dist
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         weights_sha256 = read_checkpoint(str(output)).weights_sha256
         fitted = thresholds_of(validation, judged, lesson.labels, weights_sha256)
-        if fitted is not None:
+        if fitted is None:
+            (output / THRESHOLDS_FILE).unlink(missing_ok=True)  # of an earlier end of this run
+            say(
+                f"No {THRESHOLDS_FILE}: {len(validation.cached):,} held-out clips with "
+                f"{int(validation.truth.sum()):,} labels in all are too few to choose by (five groups "
+                f"and {FEWEST_POSITIVES} labels are not). Tags come from {DEFAULT_THRESHOLD:g}, "
+                "or from what --threshold says."
+            )
+        else:
             (output / THRESHOLDS_FILE).write_text(fitted, "utf-8")
         write_model_card(output, replace(card, own_thresholds=fitted is not None))
         if epochs:
@@ -242,11 +258,15 @@ def begin(request: Request) -> Path | None:
             "there is nothing to learn from: name a teacher with --teacher CHECKPOINT, or stored "
             "scores with --teacher-scores OUTPUT"
         )
-    if request.fresh is None and not request.teacher:
+    if request.fresh is None and not request.teacher and not request.student:
         raise DistillError(
-            "stored scores have no layers to begin with: give --teacher CHECKPOINT for them, or "
-            "--fresh for a student that has learned nothing"
+            "stored scores have no layers to begin with: give --teacher CHECKPOINT for them, "
+            "--student CHECKPOINT for one that learns on, or --fresh for one that has learned nothing"
         )
+    if request.assistant is not None and not request.teacher_scores:
+        raise DistillError("an assistant runs along beside stored scores, and there are none")
+    if request.fresh is not None and request.student:
+        raise DistillError("--fresh begins with nothing, --student with a checkpoint: give one")
     for name, usual in (("balance", 0.0), ("labelled_weight", 1.0)):
         value = getattr(request.recipe, name)
         if value != usual and request.cache is None:
@@ -280,9 +300,16 @@ def begin(request: Request) -> Path | None:
     begun = json.loads(file.read_text("utf-8"))
     before, now = ({**settings, **settings["recipe"]} for settings in (begun, asked))
     for name in now:
-        if name != "recipe" and before.get(name) != now[name]:
+        if name not in before:
+            continue  # a setting that there was not when the run was begun
+        if name == "processes" and before[name] != now[name]:
             raise DistillError(
-                f"--resume: {name} was {before.get(name)!r}, is {now[name]!r}; a run goes on with "
+                f"--resume: --workers and processes were {before[name]}, are {now[name]}; who reads "
+                "a stream decides its order, so a run goes on with as many"
+            )
+        if name != "recipe" and before[name] != now[name]:
+            raise DistillError(
+                f"--resume: {name} was {before[name]!r}, is {now[name]!r}; a run goes on with "
                 "the settings that it was begun with"
             )
     needed = ["trainer_state.json"] + ([AVERAGE_FILE] if request.recipe.average_decay else [])
@@ -321,28 +348,6 @@ def is_first_process() -> bool:
 
 def _in_silence(line: str) -> None:
     pass
-
-
-def settings_of(request: Request) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that it resumes."""
-    return {
-        "preset": request.preset,
-        "recipe": as_settings(request.recipe),
-        "shards": [shard.id for shard in request.shards],
-        "validation_shards": [shard.id for shard in request.validation_shards],
-        "split": [request.split.share, request.split.group_by, list(request.split.hold_out or ())],
-        "teacher": request.teacher,
-        "teacher_scores": list(request.teacher_scores),
-        "fresh": dict(request.fresh) if request.fresh is not None else None,
-        "truth": request.truth,
-        "cached": request.cache is not None,
-        # Who reads a stream decides its order; a cache is drawn from by number.
-        "processes": None
-        if request.cache is not None
-        else [request.workers, int(os.environ.get("WORLD_SIZE", "1"))],
-        "max_steps": request.max_steps,
-        "limit": request.limit,
-    }
 
 
 def teachers_opinion(validation: Validation) -> Judged:
@@ -450,7 +455,7 @@ def thresholds_of(
 ) -> str | None:
     """`thresholds.json`, fitted on the held-out clips; None where there are too few."""
     table = validation.table.take(validation.cached["row"])
-    if len(set(table.groups)) < _FOLDS or not validation.truth.any():
+    if len(set(table.groups)) < _FOLDS or validation.truth.sum() < FEWEST_POSITIVES:
         return None
     fitted = fit_thresholds(
         validation.truth,
@@ -474,7 +479,8 @@ def card_of(
     train_clips: int,
 ) -> ModelCard:
     """The facts of the model card."""
-    recipe, teacher = request.recipe, request.teacher
+    recipe, teacher, student = request.recipe, request.teacher, request.student
+    base = student or (teacher if request.fresh is None else None)  # whose weights it began with
     name = request.title or request.output.name
     validation_data = request.validation_data or f"{request.data}, held out"
     notes = []
@@ -483,6 +489,8 @@ def card_of(
             "What is true of these clips is what the teacher says of them, so that it has no row: "
             "the numbers say how near to it the student comes."
         )
+    if lesson.learned_before:
+        notes.append(lesson.learned_before)
     if recipe.early_stop_epochs:
         notes.append(
             "The weights are those of the epoch that did best on these same clips, which flatters "
@@ -496,9 +504,21 @@ def card_of(
         preset=request.preset,
         hyperparameters=used(request, lesson, trainer),
         data=[
-            Data(request.data, "training", train_clips, request.data_licence),
             Data(
-                validation_data, "validation", len(lesson.validation.cached), request.data_licence
+                request.data,
+                "training",
+                train_clips,
+                request.data_licence,
+                audio_s_of(lesson.train_set.cached, lesson.spec.sample_rate)
+                if isinstance(lesson.train_set, CachedClips)
+                else None,  # of a stream nobody counts them
+            ),
+            Data(
+                validation_data,
+                "validation",
+                len(lesson.validation.cached),
+                request.data_licence,
+                audio_s_of(lesson.validation.cached, lesson.spec.sample_rate),
             ),
         ],
         epochs=epochs,
@@ -509,12 +529,13 @@ def card_of(
         licence=request.licence,
         teacher=None if lesson.teacher is None else model_facts(teacher or "", lesson.teacher),
         teacher_scores=", ".join(request.teacher_scores) or None,
-        base_model=teacher
-        if teacher and not Path(teacher).exists() and teacher.count("/") == 1
+        base_model=base
+        if base and not Path(base).exists() and "://" not in base and base.count("/") == 1
         else None,
         teacher_layers=None
         if lesson.teacher is None
         else layers_of_student(request, lesson.teacher),
+        began_as=student and (Path(student).name if Path(student).exists() else student),
         skipped=dict(lesson.found.skipped),
         evaluated_on=f"{validation_data}; true is: {lesson.validation.truth_is}",
         evaluated_clips=len(lesson.validation.cached),
@@ -533,10 +554,9 @@ def used(request: Request, lesson: Lesson, trainer: DistillationTrainer) -> dict
     if arguments.fp16 or arguments.bf16:
         settings["precision"] = f"{recipe.precision}, mixed"
     del settings["teacher_layers"], settings["student_layers"]
-    if lesson.teacher is not None and request.fresh is None:
-        settings = {
-            "teacher_layers": list(layers_of_student(request, lesson.teacher) or ())
-        } | settings
+    layers = layers_of_student(request, lesson.teacher) if lesson.teacher is not None else None
+    if layers is not None:
+        settings = {"teacher_layers": list(layers)} | settings
     settings["steps"] = trainer.state.global_step
     if request.max_steps:
         settings["max_steps"] = request.max_steps

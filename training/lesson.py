@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import ASTForAudioClassification
 
-from evaluation.scores import Source, open_source
+from evaluation.scores import Source, batches, open_source
 from evaluation.truth import Truth, read_truth
 from student.checkpoint import Checkpoint, read_checkpoint
 from student.features import FRAME_SAMPLES, POWER_FLOOR, FeatureSpec, LogMel
@@ -35,12 +37,14 @@ from training.clips import (
     join_scores,
     join_truth,
 )
-from training.initialise import evenly_spread, fresh_student, student_from_teacher
-from training.presets import Recipe
+from training.initialise import MULTI_LABEL, evenly_spread, fresh_student, student_from_teacher
+from training.presets import Recipe, as_settings
 from training.trainer import Listener, Validation, scores_of
+from transforms.checkpoint import local_checkpoint
 from transforms.records import Shard
 from transforms.storage import DEFAULT_ACCESS, Access
 
+SETTINGS_FILE = "distill.json"  # in a student's folder: what was asked for
 CACHE_FOLDER = "cache"  # of the held-out clips, where the user keeps none
 OWN = "the clips' own labels"
 
@@ -68,6 +72,8 @@ class Request:
     teacher: str | None = None  # a checkpoint, run along where there are no stored scores
     teacher_scores: Sequence[str] = ()  # outputs or Parquet files
     fresh: Mapping[str, int] | None = None  # the shape of a student that has learned nothing
+    student: str | None = None  # a checkpoint that learns on, whole
+    assistant: Listener | None = None  # runs along beside stored scores
     truth: str | None = None  # own labels: a file, or metadata:FIELD
     cache: Path | None = None  # None: every epoch decodes anew
     workers: int = 0
@@ -82,6 +88,30 @@ class Request:
     access: Access = DEFAULT_ACCESS
 
 
+def settings_of(request: Request) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that it resumes."""
+    return {
+        "preset": request.preset,
+        "recipe": as_settings(request.recipe),
+        "shards": [shard.id for shard in request.shards],
+        "validation_shards": [shard.id for shard in request.validation_shards],
+        "split": [request.split.share, request.split.group_by, list(request.split.hold_out or ())],
+        "teacher": request.teacher,
+        "teacher_scores": list(request.teacher_scores),
+        "fresh": dict(request.fresh) if request.fresh is not None else None,
+        "student": request.student,
+        "assistant": request.assistant is not None,
+        "truth": request.truth,
+        "cached": request.cache is not None,
+        # Who reads a stream decides its order; a cache is drawn from by number.
+        "processes": None
+        if request.cache is not None
+        else [request.workers, int(os.environ.get("WORLD_SIZE", "1"))],
+        "max_steps": request.max_steps,
+        "limit": request.limit,
+    }
+
+
 @dataclass
 class Lesson:
     """Everything that a training is made of, but for the recipe."""
@@ -90,11 +120,12 @@ class Lesson:
     spec: FeatureSpec  # of the student
     student: ASTForAudioClassification
     teacher: ASTForAudioClassification | None
-    runs_along: Listener | None  # the teacher, where it has no stored scores
+    runs_along: Listener | None  # the teacher where it has no stored scores, or the assistant
     found: Found
     train_set: torch.utils.data.Dataset[Any]
     draw_weights: NDArray[np.float64] | None  # of a cache's clips
     validation: Validation
+    learned_before: str | None = None  # of a student that learns on: what that says of the numbers
 
 
 def prepare(request: Request, device: torch.device, say: Callable[[str], None]) -> Lesson:
@@ -104,23 +135,28 @@ def prepare(request: Request, device: torch.device, say: Callable[[str], None]) 
         As `distill`.
     """
     # ------------------------------------------------------------- the models
-    checkpoint = read_checkpoint(request.teacher) if request.teacher else None
+    checkpoint = read(request.teacher, request.access) if request.teacher else None
+    begun = read(request.student, request.access) if request.student else None
     teacher = load_model(checkpoint) if checkpoint else None
+    named = checkpoint or begun
     sources = [
-        open_source(place, request.access, checkpoint and checkpoint.labels)
+        open_source(place, request.access, named and named.labels)
         for place in request.teacher_scores
     ]
-    labels = labels_of(checkpoint, sources)
+    labels = labels_of([one for one in (checkpoint, begun) if one], sources)
     try:
-        student = beginning(request, teacher, labels).to(device)
+        student = beginning(request, begun, teacher, labels).to(device)
     except ValueError as error:
         raise DistillError(str(error)) from error
 
     # -------------------------------------------------------------- the clips
     found = sides(request, sources, labels, say)
     if request.fresh is None:
-        assert checkpoint is not None  # `begin` wants one of the two
-        spec = checkpoint.features
+        facts = begun or checkpoint
+        assert facts is not None  # `begin` wants one of the three
+        spec = facts.features
+        if not sources:
+            check_rates(begun, checkpoint)
     else:
         spec = FeatureSpec(
             sample_rate=checkpoint.features.sample_rate if checkpoint else 16_000,
@@ -157,7 +193,7 @@ def prepare(request: Request, device: torch.device, say: Callable[[str], None]) 
         spec = with_measured_level(spec, train_set, request.recipe.seed)
 
     # ------------------------------------------------------ what the teacher says
-    runs_along = None
+    runs_along = request.assistant
     if teacher is not None and checkpoint is not None and not sources:
         teacher.to(device).eval().requires_grad_(False)
         runs_along = Listener.of(teacher, checkpoint.features)
@@ -165,7 +201,46 @@ def prepare(request: Request, device: torch.device, say: Callable[[str], None]) 
         say("The teacher scores the held-out clips")
         found.validation.scores[held_out["row"]] = scores_of(runs_along, held_out)[0]
     validation = judged_by(held_out, found.validation, labels, request.recipe)
-    return Lesson(labels, spec, student, teacher, runs_along, found, train_set, weights, validation)
+    return Lesson(
+        labels,
+        spec,
+        student,
+        teacher,
+        runs_along,
+        found,
+        train_set,
+        weights,
+        validation,
+        None if begun is None else what_it_learned_before(begun, request),
+    )
+
+
+def read(name: str, access: Access) -> Checkpoint:
+    """The facts of a checkpoint: a local one, of the hub, or at a URL.
+
+    Raises:
+        CheckpointError: it cannot be found, read or used.
+    """
+    return replace(read_checkpoint(local_checkpoint(name, access)), name=name)
+
+
+def what_it_learned_before(begun: Checkpoint, request: Request) -> str:
+    """A sentence on whether the held-out clips are new to a student that learns on."""
+    file = begun.directory / SETTINGS_FILE
+    if not file.exists():
+        return (
+            "What this student had learned from before is not known here: clips that judge may be "
+            "among it, and flatter the numbers."
+        )
+    before, now = json.loads(file.read_text("utf-8")), settings_of(request)
+    if not set(before["shards"]) & set(now["shards"] + now["validation_shards"]):
+        return ""
+    if all(before[name] == now[name] for name in ("split", "limit", "validation_shards")):
+        return ""
+    return (
+        "Before, this student learned from some of the same shards, of which other clips were held "
+        "out: clips that judge now are among what it knows, and flatter the numbers."
+    )
 
 
 def weights_of(table: ClipTable, recipe: Recipe, labels: int) -> NDArray[np.float64] | None:
@@ -178,15 +253,14 @@ def weights_of(table: ClipTable, recipe: Recipe, labels: int) -> NDArray[np.floa
     return drawing_weights(targets, table.labelled, recipe.balance, recipe.labelled_weight)
 
 
-def labels_of(checkpoint: Checkpoint | None, sources: Sequence[Source]) -> tuple[Label, ...]:
-    """The labels that the teacher and its scores agree on.
+def labels_of(checkpoints: Sequence[Checkpoint], sources: Sequence[Source]) -> tuple[Label, ...]:
+    """The labels that the teacher, the student that learns on and the stored scores agree on.
 
     Raises:
         DistillError: they do not.
     """
-    stated = [(source.uri, source.labels) for source in sources]
-    if checkpoint is not None:
-        stated.insert(0, (checkpoint.name, checkpoint.labels))
+    stated = [(checkpoint.name, checkpoint.labels) for checkpoint in checkpoints]
+    stated += [(source.uri, source.labels) for source in sources]
     first, labels = stated[0]
     for other, theirs in stated[1:]:
         if [label.name for label in theirs] != [label.name for label in labels]:
@@ -197,8 +271,27 @@ def labels_of(checkpoint: Checkpoint | None, sources: Sequence[Source]) -> tuple
     return labels
 
 
+def check_rates(begun: Checkpoint | None, checkpoint: Checkpoint | None) -> None:
+    """Refuses a teacher that hears at another sample rate than the student that learns on.
+
+    Raises:
+        DistillError: names both.
+    """
+    if begun is None or checkpoint is None:
+        return
+    ours, theirs = begun.features.sample_rate, checkpoint.features.sample_rate
+    if ours != theirs:
+        raise DistillError(
+            f"--student {begun.name} hears at {ours} Hz, --teacher {checkpoint.name} at {theirs} Hz: "
+            "annotate the clips with the teacher, and give its output with --teacher-scores"
+        )
+
+
 def beginning(
-    request: Request, teacher: ASTForAudioClassification | None, labels: Sequence[Label]
+    request: Request,
+    begun: Checkpoint | None,
+    teacher: ASTForAudioClassification | None,
+    labels: Sequence[Label],
 ) -> ASTForAudioClassification:
     """The student before its training.
 
@@ -207,8 +300,12 @@ def beginning(
     """
     if request.fresh is not None:
         return fresh_student(**request.fresh, labels=labels)
-    assert teacher is not None  # `begin` wants one of the two
-    student = student_from_teacher(teacher, layers_of_student(request, teacher) or ())
+    if begun is not None:
+        student = load_model(begun).train()
+        student.config.problem_type = MULTI_LABEL
+    else:
+        assert teacher is not None  # `begin` wants one of the three
+        student = student_from_teacher(teacher, layers_of_student(request, teacher) or ())
     student.config.label_mids = [label.mid for label in labels]
     return student
 
@@ -216,8 +313,8 @@ def beginning(
 def layers_of_student(
     request: Request, teacher: ASTForAudioClassification
 ) -> tuple[int, ...] | None:
-    """The teacher's layers that the student begins as; None for a fresh one."""
-    if request.fresh is not None:
+    """The teacher's layers that the student begins as; None for one that has others."""
+    if request.fresh is not None or request.student is not None:
         return None
     return request.recipe.teacher_layers or evenly_spread(
         teacher.config.num_hidden_layers, request.recipe.student_layers
@@ -252,6 +349,7 @@ def sides(
             found.skipped["also held out"] += len(found.train) - len(kept)
             found.train = found.train.take(kept)
     total = len(found.train) + len(found.validation)
+    some = next(iter([*found.train.ids, *found.validation.ids]), "")
     if sources:
         join_scores(found, sources)
     for side, table, cure in (
@@ -266,7 +364,12 @@ def sides(
             raise ClipsError(
                 f"of {total:,} clips none is {side}"
                 + (f" (left out: {counts(found.skipped)})" if found.skipped else "")
-                + ("" if found.skipped["without teacher scores"] == total else f"; {cure}")
+                + (
+                    f"; the clips have names such as {some!r}, the scores are of clips such as "
+                    f"{_a_clip_of(sources[0])!r}"
+                    if sources and found.skipped["without teacher scores"] == total
+                    else f"; {cure}"
+                )
             )
     if len(found.validation) > MAX_HELD_OUT_CLIPS:
         reason = f"held out beyond the {MAX_HELD_OUT_CLIPS:,} that judge"
@@ -298,6 +401,13 @@ def sides(
         for table in (found.train, found.validation):
             table.truths = [None] * len(table)
     return found
+
+
+def _a_clip_of(source: Source) -> str:
+    for batch in batches(source, ["clip_id"]):
+        if batch.num_rows:
+            return str(batch.column(0)[0])
+    return ""
 
 
 def check_fields(split: Split, found: Found) -> None:

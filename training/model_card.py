@@ -82,7 +82,8 @@ class ModelCard:
     teacher: ModelFacts | None = None
     teacher_scores: str | None = None  # the name of stored scores that it learned from
     base_model: str | None = None  # the teacher's Hub id, where it has one: `owner/name[@revision]`
-    teacher_layers: Sequence[int] | None = None  # that the student's began as; None: fresh
+    teacher_layers: Sequence[int] | None = None  # that the student's began as; None: others
+    began_as: str | None = None  # the checkpoint that learned on, by name; else it was fresh
     skipped: Mapping[str, int] = field(default_factory=dict)  # clips by the reason why
     evaluated_on: str | None = None  # the name of the clips of both evaluations
     evaluated_clips: int | None = None
@@ -213,7 +214,9 @@ def _introduction(card: ModelCard) -> str:
         )
     if card.teacher is None and card.teacher_scores is None:
         sentences.append("No teacher of it is stated.")
-    if card.teacher_layers is None:
+    if card.began_as is not None:
+        sentences.append(f"It learned on from the weights of {_text(card.began_as)}.")
+    elif card.teacher_layers is None:
         sentences.append("Its training began from fresh weights.")
     else:
         sentences.append(

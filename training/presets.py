@@ -6,6 +6,7 @@ which `earmark distill --set NAME=VALUE` overrides.
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
@@ -148,9 +149,10 @@ def with_settings(recipe: Recipe, settings: dict[str, str]) -> Recipe:
     values = {}
     for name, text in settings.items():
         if name not in kinds:
-            raise RecipeError(
-                f"a recipe has no {name!r}; it has {', '.join(f.name for f in fields(recipe))}"
-            )
+            near = difflib.get_close_matches(name, kinds, 1)
+            meant = f" (is {near[0]} meant?)" if near else ""
+            known = ", ".join(field.name for field in fields(recipe))
+            raise RecipeError(f"a recipe has no {name!r}{meant}; it has {known}")
         values[name] = _parsed(name, text.strip(), kinds[name])
     changed = replace(recipe, **values)
     check(changed)
@@ -225,6 +227,7 @@ def _parsed(name: str, text: str, kind: Any) -> Any:
         expected = (
             "layer numbers such as 0 2 4 6 8 10, or None"
             if name == "teacher_layers"
-            else " or ".join(get_args(kind)) or {bool: "true or false"}.get(kind, kind.__name__)
+            else " or ".join(get_args(kind))
+            or {bool: "true or false", int: "a whole number", float: "a number"}[kind]
         )
         raise RecipeError(f"{name} is {text!r}, expected {expected}") from error

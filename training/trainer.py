@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,12 @@ class TrainingFailed(RuntimeError):
 class Listener:
     """A model and the features that it hears by."""
 
-    model: ASTForAudioClassification
+    model: nn.Module  # called as transformers' models are
     spec: FeatureSpec
     log_mel: LogMel
 
     @classmethod
-    def of(cls, model: ASTForAudioClassification, spec: FeatureSpec) -> Listener:
+    def of(cls, model: nn.Module, spec: FeatureSpec) -> Listener:
         """With features in float32, which train as well as float64 and are faster."""
         return cls(model, spec, LogMel(spec, torch.float32).to(model.device))
 
@@ -131,8 +131,8 @@ class WeightAverage(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_whole(self.weights, folder / AVERAGE_FILE)
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from self._model.named_parameters()
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        yield from averaged_tensors(self._model)
 
 
 class Seldom(TrainerCallback):
@@ -177,6 +177,14 @@ class KeepBest(TrainerCallback):
             control.should_training_stop = True
 
 
+def averaged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What an average is of: parameters, and what normalisations know of their inputs."""
+    yield from model.named_parameters()
+    yield from (
+        (name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()
+    )
+
+
 def save_whole(weights: Mapping[str, Tensor], file: Path) -> None:
     """Writes weights so that the file is there whole or not at all."""
     partial = file.with_name(f".{file.name}.partial")
@@ -187,7 +195,7 @@ def save_whole(weights: Mapping[str, Tensor], file: Path) -> None:
 @contextmanager
 def weights_set(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Within, `model` has these weights; afterwards its own again."""
-    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    own = {name: p.detach().clone() for name, p in averaged_tensors(model)}
     put_weights(model, weights)
     try:
         yield
@@ -198,8 +206,8 @@ def weights_set(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Non
 @torch.no_grad()
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copies weights, by name, into a model."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
+    for name, tensor in averaged_tensors(model):
+        tensor.copy_(weights[name])
 
 
 @dataclass(frozen=True)
@@ -227,8 +235,9 @@ class DistillationTrainer(Trainer):
 
     Args:
         student: what learns.
-        teacher: what runs along and is asked about every batch; None where the batches bring
-            its scores.
+        teacher: what runs along and is asked about every batch, if anything does.
+        stored: whether the batches bring scores. Where a teacher runs along beside them, the
+            targets are half its scores and half the stored ones.
         recipe: all numbers.
         validation: the held-out clips.
         average: the weights that are judged and kept, where an average is.
@@ -240,6 +249,7 @@ class DistillationTrainer(Trainer):
         self,
         student: Listener,
         teacher: Listener | None,
+        stored: bool,
         recipe: Recipe,
         validation: Validation,
         average: WeightAverage | None,
@@ -249,12 +259,13 @@ class DistillationTrainer(Trainer):
         data_collator: Any,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
-        self.student, self.teacher, self.recipe = student, teacher, recipe
+        self.student, self.teacher, self.stored = student, teacher, stored
+        self.recipe = recipe
         self.validation, self.average = validation, average
         self.last_loss = math.nan
         self.unheard: set[int] = set()  # rows of clips that had no sound when they were drawn
         self._draw_weights = draw_weights
-        self._patches = PatchDropout(student.model)
+        self._patches = PatchDropout(student.model) if recipe.keep_patches < 1 else None
         super().__init__(
             model=student.model,
             args=arguments,
@@ -291,7 +302,7 @@ class DistillationTrainer(Trainer):
         random = torch.Generator().manual_seed(recipe.seed * 1_000_003 + int(inputs["draws"][0]))
         sounds = Sounds(**{name: inputs[name] for name in Sounds.__dataclass_fields__})
         self.unheard.update(inputs["rows"][sounds.weights == 0].tolist())
-        if self.teacher is None:
+        if self.stored:
             sounds.scores = torch.maximum(sounds.scores, recipe.label_floor * sounds.truth)
         sounds = augment_sounds(sounds, recipe, random)
         drawn = draw_disguise(len(sounds.lengths), recipe, random)
@@ -300,14 +311,20 @@ class DistillationTrainer(Trainer):
             features = listener.hear(sounds.waveforms, sounds.lengths)
             return disguise(features, sounds.lengths, drawn, listener.spec)
 
+        features = heard_by(self.student)
         if self.teacher is not None:
-            heard = heard_by(self.teacher)
+            alike = self.teacher.spec == self.student.spec
+            heard = features if alike else heard_by(self.teacher)
             with torch.no_grad(), self.accelerator.autocast():
                 theirs = self.teacher.model(heard).logits.float().sigmoid()
-            sounds.scores = torch.maximum(theirs, recipe.label_floor * sounds.truth)
-        features = heard_by(self.student)
+            theirs = torch.maximum(theirs, recipe.label_floor * sounds.truth)
+            sounds.scores = (theirs + sounds.scores) / 2 if self.stored else theirs
         frames = (sounds.lengths.cpu() / HOP_SAMPLES).ceil()
-        with self._patches.keeping(recipe.keep_patches, frames, random):
+        with (
+            self._patches.keeping(recipe.keep_patches, frames, random)
+            if self._patches
+            else nullcontext()
+        ):
             logits = model(features).logits
         loss = self._loss(logits, sounds)
         self.control.last_loss = self.last_loss = float(loss.detach())

@@ -16,8 +16,9 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
-from student.checkpoint import CHECKPOINT_SUFFIXES, CheckpointError
+from student.checkpoint import CheckpointError
 from student.model import Student, devices_of
+from transforms.checkpoint import local_checkpoint
 from transforms.meter import NAMESPACE, Meter
 from transforms.output import Output, open_output
 from transforms.progress import ProgressFile
@@ -25,7 +26,7 @@ from transforms.read import read_clips
 from transforms.readahead import read_ahead
 from transforms.records import ScoredClip, Shard, unique
 from transforms.score import Pool, decode_clips, score_clips
-from transforms.storage import DEFAULT_ACCESS, Access, fetch_folder, is_local
+from transforms.storage import DEFAULT_ACCESS, Access
 from transforms.write import (
     CLIPS_FOLDER,
     RowOptions,
@@ -215,20 +216,6 @@ def check_versions(launched: Iterable[tuple[str, str]]) -> None:
                 f"this worker has {package} {found}, the job was launched with {expected}: launch it "
                 "from the same image or environment that the workers run (--sdk_container_image)"
             )
-
-
-def local_checkpoint(checkpoint: str, access: Access) -> str:
-    """What `student` can load: a checkpoint in remote storage is copied here first.
-
-    Raises:
-        CheckpointError: it is not there, or cannot be read.
-    """
-    if is_local(checkpoint):
-        return checkpoint
-    try:
-        return str(fetch_folder(checkpoint, CHECKPOINT_SUFFIXES, access))
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint!r} cannot be fetched: {error}") from error
 
 
 def load_student(annotation: Annotation, device: str | None = None) -> Student:

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from student.features import FRAME_SAMPLES, FeatureSpec
 from student.model import Student
-from transforms.annotate import empty_into_beam, local_checkpoint
+from transforms.annotate import empty_into_beam
+from transforms.checkpoint import local_checkpoint
 from transforms.chunk import cut_chunks
 from transforms.decode import SourceFacts
 from transforms.meter import NAMESPACE, Meter
