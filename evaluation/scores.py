@@ -33,6 +33,10 @@ NAME_KINDS = ("clip_id", "audio_xxh128", "member", "file name", "file name witho
 _HASH, _MEMBER, _FILE_NAME, _STEM = range(1, len(NAME_KINDS))
 _SIMILAR = (_FILE_NAME, _STEM)
 
+_EXPECTED = (
+    "expected the folder that earmark annotate wrote, or a .parquet file with clip_id and scores: "
+    "audio is annotated first (earmark annotate, or earmark evaluate --checkpoint)"
+)
 _ROWS_AT_ONCE = 2_048  # 4 MB of 527 float32 scores
 
 # What clips are known by, one set for each of NAME_KINDS. Those of the last two kinds are a
@@ -105,11 +109,7 @@ def open_source(
     """
     uri = uri.rstrip("/")
     if "://" not in uri and os.path.isfile(uri) and not uri.endswith(".parquet"):
-        raise EvaluationError(
-            f"{uri!r} is a file; expected the folder that earmark annotate wrote, or a .parquet file "
-            "with clip_id and scores: audio is annotated first (earmark annotate, or earmark evaluate "
-            "--checkpoint)"
-        )
+        raise EvaluationError(f"{uri!r} is a file; {_EXPECTED}")
     try:
         if uri.endswith(".parquet"):
             folder, name = posixpath.split(uri)
@@ -124,11 +124,7 @@ def open_source(
 def _open_folder(uri: str, output: Output) -> Source:
     run_json = output.read(RUN_FILE)
     if run_json is None:
-        raise EvaluationError(
-            f"{uri!r} has no {RUN_FILE}; expected the folder that earmark annotate wrote, or a "
-            ".parquet file with clip_id and scores: audio is annotated first (earmark annotate, or "
-            "earmark evaluate --checkpoint)"
-        )
+        raise EvaluationError(f"{uri!r} has no {RUN_FILE}; {_EXPECTED}")
     try:
         checkpoint = json.loads(run_json)["checkpoint"]
         checkpoint_name, weights_sha256 = checkpoint["name"], checkpoint.get("weights_sha256")

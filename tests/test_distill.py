@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers import pipeline as transformers_pipeline
 
+from bench.stand_ins import CloudStorage
 from evaluation import thresholds
 from pipeline.cli import cli
 from student import DeviceError, Student
@@ -1168,3 +1169,25 @@ def test_the_card_names_what_judged_and_what_was_used(request_of, tmp_path):
 def test_thresholds_know_their_weights(made):
     stated = json.loads((made[0] / "thresholds.json").read_text())["fitted_on"]["weights_sha256"]
     assert stated == read_checkpoint(str(made[0])).weights_sha256
+
+
+@pytest.mark.usefixtures("only_weights")
+def test_teacher_and_student_in_cloud_storage(
+    made, tars, annotated, tiny_checkpoint, earmark, tmp_path
+):
+    folder, _ = made
+    with CloudStorage("models") as cloud:
+        for name, place in (("teacher", tiny_checkpoint), ("student", folder)):
+            for file in place.iterdir():
+                if file.suffix in (".json", ".safetensors"):
+                    cloud.put("models", f"{name}/{file.name}", file.read_bytes())
+        common = (*SMALL, "--set", "epochs=1", "--max-steps", "1")
+        earmark(cloud.env, "distill", tars, "-o", tmp_path / "a", "--teacher", "gs://models/teacher",
+                "--student-layers", 1, *common)  # fmt: skip
+        earmark(cloud.env, "distill", tars, "-o", tmp_path / "b", "--student", "gs://models/student",
+                "--teacher-scores", annotated, *common)  # fmt: skip
+        card = (tmp_path / "b" / "README.md").read_text()
+        assert "It learned on from the weights of gs://models/student." in card
+        error = earmark(cloud.env, "distill", tars, "-o", tmp_path / "c", "--student",
+                        "gs://models/no", "--teacher-scores", annotated, *common, code=2)  # fmt: skip
+        assert "checkpoint 'gs://models/no' cannot be fetched" in error

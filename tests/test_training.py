@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from training.attribution import attributions
 from training.corpus import corpus_clips
 from training.lesson import DistillError
 from training.sounds import SAMPLE_RATE, SOUNDS, synthesise
+from training.trainer import WeightAverage, put_weights
 from transforms.read import read_clips
 from transforms.shards import plan_shards
 
@@ -172,6 +174,21 @@ def test_an_assistant_is_called_as_a_model_and_kept_as_a_file(tmp_path):
     again.load_state_dict(load_file(tmp_path / "a.safetensors"))
     with torch.no_grad():
         torch.testing.assert_close(again(features).logits, logits)
+
+
+def test_an_average_is_of_what_normalisations_know_too():
+    assistant = Assistant(3)
+    average = WeightAverage(assistant, 0.5, None)
+    average.on_train_begin(None, SimpleNamespace(global_step=100), None)
+    name = "stem.1.running_mean"
+    before = average.weights[name].clone()
+    assistant(torch.randn(4, 96, 32) + 5)
+    after = assistant.state_dict()[name].clone()
+    assert not torch.allclose(before, after)
+    average.on_step_end(None, None, None)
+    torch.testing.assert_close(average.weights[name], (before + after) / 2)
+    put_weights(assistant, average.weights)
+    torch.testing.assert_close(assistant.state_dict()[name], (before + after) / 2)
 
 
 def test_an_assistant_learns_once(corpus, tmp_path, monkeypatch):

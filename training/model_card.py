@@ -81,7 +81,7 @@ class ModelCard:
     licence: str | None = None  # a Hub id of a licence: `apache-2.0`
     teacher: ModelFacts | None = None
     teacher_scores: str | None = None  # the name of stored scores that it learned from
-    base_model: str | None = None  # the teacher's Hub id, where it has one: `owner/name[@revision]`
+    base_model: str | None = None  # Hub id of what its weights began as: `owner/name[@revision]`
     teacher_layers: Sequence[int] | None = None  # that the student's began as; None: others
     began_as: str | None = None  # the checkpoint that learned on, by name; else it was fresh
     skipped: Mapping[str, int] = field(default_factory=dict)  # clips by the reason why

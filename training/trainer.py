@@ -320,11 +320,9 @@ class DistillationTrainer(Trainer):
             theirs = torch.maximum(theirs, recipe.label_floor * sounds.truth)
             sounds.scores = (theirs + sounds.scores) / 2 if self.stored else theirs
         frames = (sounds.lengths.cpu() / HOP_SAMPLES).ceil()
-        with (
-            self._patches.keeping(recipe.keep_patches, frames, random)
-            if self._patches
-            else nullcontext()
-        ):
+        share = recipe.keep_patches
+        dropping = self._patches.keeping(share, frames, random) if self._patches else nullcontext()
+        with dropping:
             logits = model(features).logits
         loss = self._loss(logits, sounds)
         self.control.last_loss = self.last_loss = float(loss.detach())
