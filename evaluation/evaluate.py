@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from evaluation.metrics import (
     reliability,
     roc_auc,
 )
+from evaluation.provenance import Before, learned_from, tuned_on
 from evaluation.scores import EvaluationError, Matched, Source, batches, match
 from evaluation.thresholds import Total, total_of
 from evaluation.truth import Truth, groups_of, resolve
@@ -60,6 +61,10 @@ class Availability:
     failed: dict[str, int]  # "stage/type" -> clips of the truth whose row is an error
     absent: int  # clips of the truth without a row
     absent_examples: tuple[str, ...]
+    only: str | None  # the list of clips that alone were looked at, if there was one
+    only_absent: int  # clips of that list without a row
+    learned: Before | None  # which of `scored` the student learned from, where that is known
+    tuned: Before | None  # on which of them the thresholds of the tags were fitted, likewise
     own_tags_are_truth: bool  # tag for tag: then nothing is measured but what was put in
     teacher_is_student: bool  # score for score
     teacher_lacks: int  # scored clips of the truth that the teacher has not scored
@@ -175,6 +180,7 @@ def evaluate(
     replicates: int = 200,
     seed: int = 0,
     group_by: str | None = None,
+    first: Callable[[Own], None] | None = None,
 ) -> Evaluation:
     """Reads the scores of the truth's clips and measures them.
 
@@ -190,6 +196,8 @@ def evaluate(
         replicates: of the bootstrap; 0 for none.
         seed: of the bootstrap.
         group_by: a field of the metadata: clips with equal values are resampled together.
+        first: is given what was read of the student before anything is measured; what it raises
+            ends the evaluation.
 
     Raises:
         EvaluationError: nothing is left to compare, or the truth and the scores do not fit.
@@ -197,8 +205,11 @@ def evaluate(
     matched = match(source, truth.names, tags=True)
     _refuse_none(matched, source, truth)
     clips, clip_ids, scores, tags = matched.clips, matched.clip_ids, matched.scores, matched.tags
+    hashes = matched.hashes
     known = resolve(truth, source.labels, clips.tolist())
-    own = Own(source.labels, clip_ids, matched.hashes, known.matrix, scores)
+    own = Own(source.labels, clip_ids, hashes, known.matrix, scores)
+    if first is not None:
+        first(own)
     labels = source.labels
     teacher_scores, teacher_tags, teacher_joined_by, lacking = None, None, Counter[str](), 0
     if teacher is not None:
@@ -213,6 +224,7 @@ def evaluate(
         columns, teacher_columns = _common_labels(source, teacher)
         lacking = len(clips) - len(common)
         clip_ids = tuple(clip_ids[row] for row in ours)
+        hashes = tuple(hashes[row] for row in ours)
         clips, labels = common, tuple(source.labels[index] for index in columns)
         scores = _part(scores, ours, columns)
         tags = None if tags is None else _part(tags, ours, columns)
@@ -259,6 +271,10 @@ def evaluate(
             failed=dict(Counter(matched.failed.values()).most_common()),
             absent=len(missing),
             absent_examples=tuple(truth.clips[place] for place in missing[:_EXAMPLES]),
+            only=source.only.name if source.only else None,
+            only_absent=source.only.absent if source.only else 0,
+            learned=learned_from(source, clip_ids, hashes),
+            tuned=None if tags is None else tuned_on(source, clip_ids, hashes),
             own_tags_are_truth=own_tags_are_truth,
             teacher_is_student=teacher_scores is not None
             and np.array_equal(scores, teacher_scores),

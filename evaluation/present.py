@@ -15,6 +15,7 @@ import numpy as np
 
 from evaluation.evaluate import MIN_POSITIVES_OF_INTERVAL, Evaluation, Interval, Quality
 from evaluation.metrics import CardMetrics, FieldMetrics
+from evaluation.provenance import HELD_OUT_FILE
 
 FORMAT = "earmark.evaluation/1"  # of the JSON
 CARD_COLUMNS = {"f1": "F1", "roc_auc": "ROC AUC", "accuracy": "Accuracy", "mAP": "mAP"}
@@ -35,6 +36,7 @@ FIELD_NOTE = (
 )
 RANGE = "95 %"
 _SHOWN_LABELS = 5
+_SHOWN_GAP = 0.0005  # less is 0.000
 _FEW = 3  # positives
 
 
@@ -79,9 +81,27 @@ def availability(evaluation: Evaluation) -> Iterator[str]:
     for reason, clips in a.failed.items():
         stage, _, kind = reason.partition("/")
         yield f"{clips:,} clips of the truth failed to {stage}: {kind}."
-    if a.absent:
+    if a.absent and a.only:
+        yield f"{a.absent:,} clips of the truth are not in {a.only}, or have no row."
+    elif a.absent:
         some = ", ".join(a.absent_examples[:3])
         yield f"{a.absent:,} clips of the truth have no row, such as {some}."
+    if a.only_absent:
+        yield f"{a.only_absent:,} clips of {a.only} have no row."
+    if a.learned:
+        held_out = f"{a.learned.place}/{HELD_OUT_FILE}"
+        # With that list they are copies of held-out clips, and it does not leave them out.
+        cure = "" if a.only == held_out else f": --only {held_out} leaves them out"
+        yield (
+            f"The student learned from {a.learned.clips:,} of these clips, which flatters the "
+            f"numbers{cure}."
+        )
+    if a.tuned:
+        yield (
+            f"The thresholds of the tags were fitted on {_most(a.tuned.clips, a.scored)} of these clips "
+            f"({a.tuned.place}), which flatters the tags, not the scores: docs/thresholds.md says how "
+            "to check them."
+        )
     if a.teacher_lacks:
         yield f"{a.teacher_lacks:,} scored clips of the truth are left out: the teacher lacks them."
     if a.own_tags_are_truth:
@@ -114,6 +134,11 @@ def availability(evaluation: Evaluation) -> Iterator[str]:
         )
     if a.clips_without_label:
         yield f"Of {a.clips_without_label:,} compared clips no label of the checkpoint is true."
+
+
+def _most(clips: int, of: int) -> str:
+    """How many, where that is known of a sample."""
+    return "all" if clips >= of else f"about {clips:,}"
 
 
 def show(evaluation: Evaluation, console: Any) -> None:
@@ -329,17 +354,23 @@ def _extremes(evaluation: Evaluation) -> Iterator[Sheet]:
     least, ranked = ranked_labels(evaluation)
     if len(ranked) < 2 * _SHOWN_LABELS:
         return
+    shown = [*ranked[:_SHOWN_LABELS], *ranked[-_SHOWN_LABELS:]]
+    title, ties = f"The {_SHOWN_LABELS} highest and the {_SHOWN_LABELS} lowest", ""
     if evaluation.teacher:
         gaps = evaluation.label_gaps
-        ranked = sorted(ranked, key=lambda index: gaps[index])
-        title = (
-            f"The {_SHOWN_LABELS} labels that come off worst beside {evaluation.teacher.name} and "
-        )
-        title += f"the {_SHOWN_LABELS} that come off best,"
-    else:
-        title = f"The {_SHOWN_LABELS} highest and the {_SHOWN_LABELS} lowest"
-    title += f" of {len(ranked)} labels with {least} positives or more"
-    shown = [*ranked[:_SHOWN_LABELS], *ranked[-_SHOWN_LABELS:]]
+        by_gap = sorted(ranked, key=lambda index: gaps[index])
+        # One that is shown as 0.000 comes off neither worse nor better.
+        differing = [index for index in by_gap if abs(gaps[index]) >= _SHOWN_GAP]
+        if not differing:
+            return
+        worst = differing[: min(_SHOWN_LABELS, -(-len(differing) // 2))]
+        best = differing[len(worst) :][-_SHOWN_LABELS:]
+        shown = [*worst, *best]
+        title = f"The {len(worst)} labels that come off worst beside {evaluation.teacher.name}"
+        title += f" and the {len(best)} that come off best," if best else ","
+        equal = len(ranked) - len(differing)
+        ties = f"; {equal} are equal" if equal else ""
+    title += f" of {len(ranked)} labels with {least} positives or more{ties}"
     yield _labels(evaluation, title, shown)
 
 
@@ -403,7 +434,10 @@ def _with_range(
 
 def _range(one: Interval) -> str:
     """An interval in a cell, which stays empty where there is none."""
-    return "" if math.isnan(one.low) else f"{one.low:.3f}…{one.high:.3f}"
+    if math.isnan(one.low):
+        return ""
+    bounded = math.isfinite(one.low) and math.isfinite(one.high)
+    return f"{one.low:.3f}…{one.high:.3f}" if bounded else "not bounded"
 
 
 def _text(text: str) -> str:

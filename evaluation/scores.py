@@ -13,8 +13,8 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,15 @@ class EvaluationError(ValueError):
 
 
 @dataclass(frozen=True)
+class Only:
+    """Clips that alone are looked at."""
+
+    name: str  # where they are listed
+    clip_ids: frozenset[str]  # as the source has them
+    absent: int  # clips of the list that the source has no row of
+
+
+@dataclass(frozen=True)
 class Source:
     """Where scores lie, and what is known of them before they are read."""
 
@@ -60,6 +69,8 @@ class Source:
     weights_sha256: str | None = None
     has_tags: bool = False  # an output has, whatever its thresholds
     summary: dict[str, Any] = field(default_factory=dict)  # summary.json; empty where there is none
+    run: dict[str, Any] = field(default_factory=dict)  # run.json; empty of a file
+    only: Only | None = None  # rows of other clips are passed over; None: all are read
 
     @property
     def clips_per_s(self) -> float | None:
@@ -126,7 +137,8 @@ def _open_folder(uri: str, output: Output) -> Source:
     if run_json is None:
         raise EvaluationError(f"{uri!r} has no {RUN_FILE}; {_EXPECTED}")
     try:
-        checkpoint = json.loads(run_json)["checkpoint"]
+        run = json.loads(run_json)
+        checkpoint = run["checkpoint"]
         checkpoint_name, weights_sha256 = checkpoint["name"], checkpoint.get("weights_sha256")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise EvaluationError(
@@ -134,7 +146,7 @@ def _open_folder(uri: str, output: Output) -> Source:
             "annotate writes: is the folder whole?"
         ) from error
     with output.open("labels.parquet") as stream:
-        rows = pq.read_table(stream, columns=["index", "mid", "name"]).to_pylist()
+        rows = read_table(stream, ["index", "mid", "name"]).to_pylist()
     summary = output.read("summary.json")
     return Source(
         uri,
@@ -149,6 +161,7 @@ def _open_folder(uri: str, output: Output) -> Source:
         weights_sha256=weights_sha256,
         has_tags=True,
         summary=json.loads(summary) if summary else {},
+        run=run,
     )
 
 
@@ -160,7 +173,7 @@ def _short(checkpoint: str) -> str:
 
 def _open_file(uri: str, output: Output, name: str, labels: Sequence[Label] | None) -> Source:
     with output.open(name) as stream:
-        schema = pq.ParquetFile(stream).schema_arrow
+        schema = open_parquet(stream).schema_arrow
     missing = [column for column in ("clip_id", "scores") if column not in schema.names]
     if missing:
         raise EvaluationError(
@@ -208,17 +221,40 @@ def _check_types(uri: str, schema: pa.Schema) -> None:
             )
 
 
+def open_parquet(stream: BinaryIO) -> pq.ParquetFile:
+    """A Parquet file that is read by the thread that asks, if its readers use no threads.
+
+    Arrow's read-ahead would hold the stream, which is Python's, on threads of its own. One that
+    lets go of it while the interpreter ends aborts the process.
+    """
+    return pq.ParquetFile(stream, pre_buffer=False)
+
+
+def read_table(stream: BinaryIO, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a small Parquet file; see `open_parquet`."""
+    return open_parquet(stream).read(list(columns), use_threads=False)
+
+
 def batches(source: Source, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The rows of a source in order, those of `columns` that it has, a few thousand at once.
+
+    Of a source with `only`, its rows alone, and their `clip_id` in any case.
 
     Raises:
         EvaluationError: a file cannot be read.
     """
+    only = None if source.only is None else pa.array(sorted(source.only.clip_ids), pa.string())
     for name in source.files:
         try:
-            with source.output.open(name) as stream, pq.ParquetFile(stream) as file:
+            with source.output.open(name) as stream, open_parquet(stream) as file:
                 wanted = [column for column in columns if column in file.schema_arrow.names]
-                yield from file.iter_batches(_ROWS_AT_ONCE, columns=wanted)
+                if only is not None and "clip_id" not in wanted:
+                    wanted.append("clip_id")
+                for batch in file.iter_batches(_ROWS_AT_ONCE, columns=wanted, use_threads=False):
+                    if only is not None:
+                        ids = batch.column("clip_id")
+                        batch = batch.filter(pc.is_in(ids, only.cast(ids.type)))
+                    yield batch
         except (OSError, pa.ArrowException) as error:
             raise EvaluationError(
                 f"{source.output.uri}/{name} cannot be read: {_reason(error)}"
@@ -295,6 +331,33 @@ def join(clips: Sequence[Names], rows: Iterable[Names], clips_of: str, rows_of: 
     for row, names in enumerate(rows):
         joining.meet(row, names)
     return joining.finish(clips_of, rows_of)
+
+
+def only_of(source: Source, clips: Sequence[Names], name: str) -> Source:
+    """`source` with the rows of some clips alone.
+
+    Args:
+        source: which is read once for it.
+        clips: what each clip wanted is known by; see `join`.
+        name: where they are listed, for errors and for people.
+
+    Raises:
+        EvaluationError: none of them is there, or a name fits several rows or clips.
+    """
+    ids: list[str] = []
+    names: list[Names] = []
+    for batch in batches(source, ["clip_id", "member", "audio_xxh128"]):
+        names += row_names(batch, source)
+        ids += batch.column("clip_id").to_pylist()
+    joined = join(clips, names, f"--only {name}", repr(source.uri))
+    found = frozenset(ids[row] for row in {*joined.rows.values(), *joined.repeated})
+    if not found:
+        wanted = next((one for kind in clips[0] for one in kind), "") if clips else ""
+        raise EvaluationError(
+            f"--only {name!r}: none of its {len(clips):,} clips has a row in {source.uri!r}. It names "
+            f"clips such as {wanted!r}, the output has {ids[0] if ids else None!r}"
+        )
+    return replace(source, only=Only(name, found, len(clips) - len(joined.rows)))
 
 
 def match(

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.provenance import sample_of
 from student.checkpoint import DEFAULT_THRESHOLD, THRESHOLDS_FORMAT
 from student.labels import Label
 
@@ -110,6 +111,8 @@ class FittedThresholds:
     folds: int
     seed: int
     weights_sha256: str | None  # of the checkpoint that made the scores, where known
+    truth: str | None = None  # by the name that people know
+    some_clips: str = ""  # `evaluation.provenance.sample_of` the clips
 
     @property
     def thresholds(self) -> tuple[float | None, ...]:
@@ -142,6 +145,8 @@ class FittedThresholds:
                 "folds": self.folds,
                 "seed": self.seed,
                 "weights_sha256": self.weights_sha256,
+                "truth": self.truth,
+                "some_clips": self.some_clips,
             },
             "cross_fitted": {
                 "note": "Of all numbers here and of precision, recall and f1 below: each clip was "
@@ -188,6 +193,8 @@ def fit_thresholds(
     groups: Sequence[str] | None = None,
     hashes: Sequence[str | None] | None = None,
     weights_sha256: str | None = None,
+    truth_name: str | None = None,
+    clip_ids: Sequence[str] | None = None,
 ) -> FittedThresholds:
     """Fits thresholds and calibration, and judges them on clips that the fit did not see.
 
@@ -205,20 +212,17 @@ def fit_thresholds(
         hashes: of each clip's bytes, None where it is not known: groups that share a hash are
             one group.
         weights_sha256: of the checkpoint that made the scores, for the file.
+        truth_name: what people call the truth, for the file.
+        clip_ids: of the clips. With them the file has a sample of the clips, by which an
+            evaluation of the tags tells that it is of clips that tuned them.
 
     Raises:
         ValueError: the shapes differ, a score is no number from 0 to 1, or there are fewer
             groups than folds.
     """
     _check(truth, scores, labels, target_precision, folds, groups, hashes)
-    group = _united(len(truth), groups, hashes)
+    group = check_folds(folds, len(truth), groups, hashes)
     group_count = len(set(group.tolist()))
-    if group_count < folds:
-        alone = groups is None and group_count == len(truth)
-        raise ValueError(
-            f"{group_count} {'clips' if alone else 'groups of clips'} cannot be dealt into {folds} "
-            "folds: give more clips, or ask for fewer folds"
-        )
     fold = _deal(truth, folds, seed, group)
     by_score = _count(truth, scores, fold, folds, _score_bins, len(_GRID) + 1)
     by_logit = _count(truth, scores, fold, folds, _logit_bins, len(_LOGITS))
@@ -227,17 +231,9 @@ def fit_thresholds(
     positives = by_score[0].sum(2)  # [folds, labels]
 
     # What each fold's clips are tagged with, by the fit of the other folds.
-    hits = {name: np.zeros((2, len(labels)), np.int64) for name in ("global", "tuned")}
+    hits = _cross_fitted(right, tagged, positives, target_precision)
     calibrated = _Reliability()
     for held in range(folds):
-        own, shared = _choose(
-            right.sum(0) - right[held],
-            tagged.sum(0) - tagged[held],
-            positives.sum(0) - positives[held],
-            target_precision,
-        )
-        hits["tuned"] += _hits(right[held], tagged[held], own)
-        hits["global"] += _hits(right[held], tagged[held], np.full(len(labels), shared))
         a, b, _ = _calibrate(*(counts.sum(0) - counts[held] for counts in by_logit))
         calibrated.add(by_logit[0][held], by_logit[1][held], a, b)
 
@@ -278,7 +274,61 @@ def fit_thresholds(
         folds=folds,
         seed=seed,
         weights_sha256=weights_sha256,
+        truth=truth_name,
+        some_clips=""
+        if clip_ids is None
+        else sample_of(clip_ids, hashes if hashes is not None else [None] * len(clip_ids)),
     )
+
+
+def check_folds(
+    folds: int, clips: int, groups: Sequence[str] | None, hashes: Sequence[str | None] | None
+) -> NDArray[np.int64]:
+    """The number of each clip's group, int64 [clips]; clips and groups as of `fit_thresholds`.
+
+    Raises:
+        ValueError: there are fewer groups than folds.
+    """
+    group = _united(clips, groups, hashes)
+    group_count = len(set(group.tolist()))
+    if group_count < folds:
+        alone = groups is None and group_count == clips
+        raise ValueError(
+            f"{group_count} {'clips' if alone else 'groups of clips'} cannot be dealt into {folds} "
+            "folds: give more clips, or ask for fewer --folds"
+        )
+    return group
+
+
+def highest_target(
+    truth: NDArray[np.bool_],
+    scores: NDArray[np.float32],
+    below: float,
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+    hashes: Sequence[str | None] | None = None,
+) -> tuple[float, int] | None:
+    """(the highest target precision that any label reaches, how many do); None where none does.
+
+    Args:
+        below: targets are tried in steps of 0.05, down from here.
+        truth, scores, folds, seed, groups, hashes: as of `fit_thresholds`, which raises where
+            they do not fit.
+    """
+    fold = _deal(truth, folds, seed, check_folds(folds, len(truth), groups, hashes))
+    counts = _count(truth, scores, fold, folds, _score_bins, len(_GRID) + 1)
+    right, tagged = (_reaching(one) for one in counts)
+    positives = counts[0].sum(2)
+    for step in range(math.ceil(below * 20) - 1, 0, -1):
+        target = step / 20
+        hits = _cross_fitted(right, tagged, positives, target)["tuned"]
+        own, _ = _choose(right.sum(0), tagged.sum(0), positives.sum(0), target)
+        reaching = int(((own != _NEVER) & (wilson_low(hits[0], hits[1]) >= target)).sum())
+        if reaching:
+            return target, reaching
+    return None
 
 
 def _check(
@@ -490,6 +540,30 @@ def _choose(
     toward = shared if together.any() else len(_GRID) - 1
     chosen = np.maximum(own, _shrunk(own, toward, positives))
     return np.where(reaches.any(1), chosen, _NEVER), shared
+
+
+def _cross_fitted(
+    right: Counts, tagged: Counts, positives: Counts, target_precision: float | None
+) -> dict[str, Counts]:
+    """Right tags, and tags, [2, labels], of each fold by the fit of the others, added up.
+
+    Args:
+        right, tagged: [folds, labels, thresholds], as of `_choose`.
+        positives: [folds, labels].
+        target_precision: None: best F1.
+    """
+    labels = positives.shape[1]
+    hits = {name: np.zeros((2, labels), np.int64) for name in ("global", "tuned")}
+    for held in range(len(right)):
+        own, shared = _choose(
+            right.sum(0) - right[held],
+            tagged.sum(0) - tagged[held],
+            positives.sum(0) - positives[held],
+            target_precision,
+        )
+        hits["tuned"] += _hits(right[held], tagged[held], own)
+        hits["global"] += _hits(right[held], tagged[held], np.full(labels, shared))
+    return hits
 
 
 def _shrunk(own: NDArray[np.int64], shared: int, positives: Counts) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ import difflib
 import io
 import json
 import math
+import os
 import posixpath
 import re
 from collections import Counter
@@ -17,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from evaluation.scores import (
@@ -27,13 +27,14 @@ from evaluation.scores import (
     Source,
     batches,
     names_of,
+    open_parquet,
     open_source,
     row_names,
     score_matrix,
 )
 from student.labels import Label, audioset_labels, audioset_ontology
 from transforms.output import open_output
-from transforms.storage import DEFAULT_ACCESS, Access, read_all
+from transforms.storage import DEFAULT_ACCESS, Access, is_local, read_all
 
 CLIP_COLUMNS = ("clip_id", "id", "file", "filename", "path", "member", "fname", "segment_id")
 # Those of machine ids first: they cannot be misread.
@@ -111,19 +112,28 @@ def read_stated_truth(
     Raises:
         EvaluationError: it cannot be read, a column is not there, or an option is not of it.
     """
-    columns = (clip_column, label_column)
+    place, columns = f"--truth {truth!r}", (clip_column, label_column)
     if truth.startswith(METADATA):
         _refuse_columns(truth, columns)
         _refuse_threshold(truth, threshold)
         return None
     if not truth.lower().endswith(_TABLE_SUFFIXES):
         _refuse_columns(truth, columns)
-        return _of_output(open_source(truth, access), threshold)
+        try:
+            opened = open_source(truth, access)
+        except EvaluationError as error:
+            cure = (
+                f". For the field {truth!r} of the clips' own metadata: --truth {METADATA}{truth}"
+                if is_local(truth) and not os.path.exists(truth)
+                else ""
+            )
+            raise EvaluationError(f"--truth: {error}{cure}") from error
+        return _of_output(opened, threshold)
     try:
         if truth.lower().endswith(".parquet"):
             folder, name = posixpath.split(truth)
             with open_output(folder or ".", access).open(name) as stream:
-                file = pq.ParquetFile(stream)
+                file = open_parquet(stream)
                 held = file.schema_arrow.names
                 if "scores" in held and label_column is None and not _first(held, LABEL_COLUMNS):
                     return _of_output(
@@ -137,24 +147,86 @@ def read_stated_truth(
                         f"--truth {truth!r}: the column {columns[1]!r} is {kind}; expected text or a "
                         "list of the labels that are true"
                     )
-                rows = file.read(columns=list(columns)).to_pylist()
+                rows = file.read(list(columns), use_threads=False).to_pylist()
         else:
             text = read_all(truth, access).decode("utf-8-sig")
             if truth.lower().endswith((".jsonl", ".ndjson")):
-                rows = _json_lines(truth, text)
+                rows = _json_lines(place, text)
                 held = list(dict.fromkeys(key for row in rows for key in row))
             else:
-                segments = _audioset_segments(truth, text)
+                segments = _audioset_segments(place, text)
                 if segments is not None and columns == (None, None):
                     _refuse_threshold(truth, threshold)
                     return _of_segments(truth, segments)
-                held, rows = _csv(truth, text)
+                held, rows = _csv(place, text)
             columns = _columns(truth, held, clip_column, label_column)
     except (OSError, ImportError, UnicodeDecodeError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or error
         raise EvaluationError(f"--truth {truth!r} cannot be read: {reason}") from error
     _refuse_threshold(truth, threshold)
     return _of_rows(truth, rows, *columns, known_names(labels))
+
+
+def read_clip_list(file: str, access: Access = DEFAULT_ACCESS) -> tuple[Names, ...]:
+    """What clips are known by that a table lists: the `--only` of a user.
+
+    Args:
+        file: CSV, TSV, JSON Lines or Parquet with a column of clips, the first of CLIP_COLUMNS
+            that there is. Beside `clip_id`, `member` and `audio_xxh128` are understood.
+        access: how remote storage is used.
+
+    Raises:
+        EvaluationError: it cannot be read, or names no clip.
+    """
+    place = f"--only {file!r}"
+    if not file.lower().endswith(_TABLE_SUFFIXES):
+        raise EvaluationError(
+            f"{place}: expected a table of clips that ends in {', '.join(_TABLE_SUFFIXES)}"
+        )
+    more = ("member", "audio_xxh128")
+    try:
+        if file.lower().endswith(".parquet"):
+            folder, name = posixpath.split(file)
+            with open_output(folder or ".", access).open(name) as stream:
+                parquet = open_parquet(stream)
+                held = parquet.schema_arrow.names
+                column = _clip_column(place, held)
+                wanted = list(dict.fromkeys([column, *(one for one in more if one in held)]))
+                rows = parquet.read(wanted, use_threads=False).to_pylist()
+        else:
+            text = read_all(file, access).decode("utf-8-sig")
+            if file.lower().endswith((".jsonl", ".ndjson")):
+                rows = _json_lines(place, text)
+                held = list(dict.fromkeys(key for row in rows for key in row))
+            else:
+                held, rows = _csv(place, text)
+            column = _clip_column(place, held)
+    except (OSError, ImportError, UnicodeDecodeError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise EvaluationError(f"{place} cannot be read: {reason}") from error
+    names: dict[str, Names] = {}
+    for row in rows:
+        clip, *others = (
+            "" if row.get(one) is None else str(row[one]).strip() for one in (column, *more)
+        )
+        if clip:
+            names[clip] = names_of(clip, *(other or None for other in others))
+    if not names:
+        raise EvaluationError(f"{place} names no clip in its column {column!r}")
+    return tuple(names.values())
+
+
+def _clip_column(place: str, held: Sequence[str]) -> str:
+    if not held:
+        raise EvaluationError(f"{place} is empty")
+    # Not the only one there is, whatever its name: of a list without a header that is a clip.
+    column = _first(held, CLIP_COLUMNS)
+    if column is None:
+        raise EvaluationError(
+            f"{place} has the columns {', '.join(held)}; expected one of clips, called "
+            f"{', '.join(CLIP_COLUMNS)}"
+        )
+    return column
 
 
 def known_names(labels: Sequence[Label]) -> frozenset[str]:
@@ -292,7 +364,12 @@ def resolve(truth: Truth, labels: Sequence[Label], clips: Sequence[int] | None =
         )
         raise EvaluationError(
             f"none of the {len(unknown)} labels of {truth.name} is one of the checkpoint's "
-            f"{len(labels)}: {examples}. Labels are mids or display names; is --label-column right?"
+            f"{len(labels)}: {examples}. Labels are mids or display names; "
+            + (
+                "is this the field of the labels?"
+                if truth.name.startswith(METADATA)
+                else "is --label-column right?"
+            )
         )
     return Resolved(matrix, unknown)
 
@@ -386,10 +463,9 @@ def _of_metadata(source: Source, path: str) -> Truth:
             names.append(known_by)
             labels.append(_labels_of(value, known, f"{METADATA}{path}", clip))
     if not clips:
-        held = ", ".join(field for field, _ in fields.most_common(10)) or "no field"
         raise EvaluationError(
             f"--truth {METADATA}{path}: no row of {source.uri!r} has a value of this field in its "
-            f"metadata (it has {held})"
+            f"metadata (it has {_named(fields)})"
         )
     return Truth(f"{METADATA}{path}", tuple(clips), tuple(names), tuple(labels), without)
 
@@ -409,17 +485,23 @@ def groups_of(source: Source, path: str, clip_ids: Sequence[str]) -> tuple[list[
     """
     asked = set(clip_ids)
     values: dict[str, str] = {}
+    fields: Counter[str] = Counter()
     for batch in batches(source, ["clip_id", "metadata"]):
         if "metadata" not in batch.schema.names:
             break
         columns = (batch.column(name).to_pylist() for name in ("clip_id", "metadata"))
         for clip_id, text in zip(*columns, strict=True):
-            value = _field(_metadata(text, clip_id, source), path) if clip_id in asked else None
+            if clip_id not in asked:
+                continue
+            metadata = _metadata(text, clip_id, source)
+            fields.update(list(metadata))
+            value = _field(metadata, path)
             if not (value is _ABSENT or _says_nothing(value)):
                 values[clip_id] = str(value)
     if not values:
         raise EvaluationError(
-            f"none of the {len(asked):,} compared clips of {source.uri!r} has {path!r} in its metadata"
+            f"--group-by: none of the {len(asked):,} compared clips of {source.uri!r} has {path!r} in its "
+            f"metadata (it has {_named(fields)})"
         )
     # Told apart by how they begin: a value may be spelt as some clip's id is.
     groups = [
@@ -427,6 +509,10 @@ def groups_of(source: Source, path: str, clip_ids: Sequence[str]) -> tuple[list[
         for clip_id in clip_ids
     ]
     return groups, len(asked) - len(values)
+
+
+def _named(fields: Counter[str]) -> str:
+    return ", ".join(field for field, _ in fields.most_common(20)) or "no field"
 
 
 def _metadata(text: str | None, clip_id: str, source: Source) -> Mapping[str, Any]:
@@ -511,7 +597,7 @@ def _stated(column: pa.Array, source: Source, threshold: float | None) -> Iterat
 _SEGMENT_COLUMNS = ("ytid", "start_seconds", "end_seconds", "positive_labels")
 
 
-def _audioset_segments(name: str, text: str) -> list[list[str]] | None:
+def _audioset_segments(place: str, text: str) -> list[list[str]] | None:
     """Rows of AudioSet's segments file; None where the text is something else."""
     lines = text.splitlines()
     header = next((line for line in lines if line.strip() and not _is_comment(line)), "")
@@ -522,7 +608,7 @@ def _audioset_segments(name: str, text: str) -> list[list[str]] | None:
         return None
     # What is left out leaves an empty line, so that errors can name lines.
     data = ("" if _is_comment(line) else line.strip() for line in lines)
-    rows = [cells for _, cells in _csv_rows(name, data)]
+    rows = [cells for _, cells in _csv_rows(place, data)]
     return rows[1:] if rows and rows[0][0].lower() == "ytid" else rows
 
 
@@ -569,13 +655,13 @@ def segment_names(ytid: str, start_s: float, end_s: float) -> Names:
 # ------------------------------------------------------------------ tables
 
 
-def _csv(name: str, text: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """(columns, rows) of a table with a header."""
+def _csv(place: str, text: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """(columns, rows) of a table with a header; `place` is what errors call it."""
     first = next((line for line in text.splitlines() if line.strip()), None)
     if first is None:
-        raise EvaluationError(f"--truth {name!r} is empty")
+        raise EvaluationError(f"{place} is empty")
     delimiter = max("\t,;", key=first.count)
-    lines = _csv_rows(name, io.StringIO(text, newline=""), delimiter)
+    lines = _csv_rows(place, io.StringIO(text, newline=""), delimiter)
     _, cells = next(lines)
     header = [cell.strip() for cell in cells]
     rows = []
@@ -583,7 +669,7 @@ def _csv(name: str, text: str) -> tuple[list[str], list[dict[str, Any]]]:
         if any(cell.strip() for cell in cells[len(header) :]):
             other = ";" if delimiter != ";" else ","
             raise EvaluationError(
-                f"--truth {name!r}, line {number} has {len(cells)} cells, the header "
+                f"{place}, line {number} has {len(cells)} cells, the header "
                 f"{len(header)} ({', '.join(header)}): {delimiter.join(cells)!r}. Put quotes around "
                 f"a cell with several labels, or separate them by {other!r} instead of {delimiter!r}"
             )
@@ -592,7 +678,7 @@ def _csv(name: str, text: str) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def _csv_rows(
-    name: str, lines: Iterable[str], delimiter: str = ","
+    place: str, lines: Iterable[str], delimiter: str = ","
 ) -> Iterator[tuple[int, list[str]]]:
     """(line that it begins in, cells) of each row with any.
 
@@ -609,14 +695,14 @@ def _csv_rows(
             return
         except csv.Error as error:
             raise EvaluationError(
-                f"--truth {name!r}: the row that begins in line {number} cannot be read: {error}. Is "
+                f"{place}: the row that begins in line {number} cannot be read: {error}. Is "
                 "a quote not closed, or one in a cell not doubled?"
             ) from error
         if cells:
             yield number, cells
 
 
-def _json_lines(name: str, text: str) -> list[dict[str, Any]]:
+def _json_lines(place: str, text: str) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -625,10 +711,10 @@ def _json_lines(name: str, text: str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise EvaluationError(
-                f"--truth {name!r}, line {number} is no JSON ({error}); expected an object a line"
+                f"{place}, line {number} is no JSON ({error}); expected an object a line"
             ) from error
         if not isinstance(row, dict):
-            raise EvaluationError(f"--truth {name!r}, line {number} is no JSON object")
+            raise EvaluationError(f"{place}, line {number} is no JSON object")
         rows.append(row)
     return rows
 

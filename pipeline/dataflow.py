@@ -109,6 +109,8 @@ class Workers:
     count: int
     device: str
     dtype: str
+    processes: int = 1  # on one machine, each with a device of its own
+    decode_processes: int = 0  # of each worker thread
 
 
 class JobRefused(RuntimeError):

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from pipeline.dataflow import Places
+from pipeline.profile import SIDES
 from pipeline.rehearse import Rehearsal
 from pipeline.run import Job, Outcome
 from student.labels import is_audioset
@@ -30,6 +32,8 @@ def show_job(job: Job, console: Console) -> None:
     """Says what is about to happen, and to what."""
     checkpoint, workers = job.checkpoint, job.workers
     where = f"{workers.count} {workers.gpu} a worker" if workers.count else workers.device
+    if workers.processes > 1:
+        where = f"{workers.processes} of {where}, a process each"
     say = partial(console.print, highlight=False, soft_wrap=True)
     say(
         f"Student: {escape(checkpoint.name)}, {len(checkpoint.labels)} labels "
@@ -208,6 +212,39 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
         reach = f"import fsspec; duckdb.register_filesystem(fsspec.filesystem({scheme!r})); "
     command = f"  python -c {json.dumps(f'import duckdb; {reach}duckdb.sql({query!r}).show()')}"
     console.print(command, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_profile(profile: dict[str, Any] | None, console: Console) -> None:
+    """Where the time of a run went, the bottleneck, and what to do about it."""
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    if profile is None:
+        say("No profile: nothing was annotated, or the runner tells no metrics.")
+        return
+    say(
+        f"{profile['shards']:,} shard{'s' * (profile['shards'] != 1)} took "
+        f"{_duration(profile['shards_s'])} of the workers' time. Both sides of a shard work at once:"
+    )
+    table = Table(
+        "", "seconds", "share", "ms a clip", box=None, header_style="bold", pad_edge=False
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for side in SIDES:
+        table.add_row(f"{side} side", style="bold")
+        for stage, took in profile[side].items():
+            a_clip = took["ms_per_clip"]
+            table.add_row(
+                f"  {stage}",
+                f"{took['s']:,.3f}",
+                f"{100 * took['share']:.1f} %",
+                "" if a_clip is None else f"{a_clip:,.3f}",
+            )
+    table.add_row("before it", style="bold")
+    for stage, took in profile["before"].items():
+        table.add_row(f"  {stage}", f"{took['s']:,.3f}", f"{100 * took['share']:.1f} %*", "")
+    console.print(table)
+    say("* of the whole run; the shares of each side add up to 100 % of the shards' time.")
+    say(f"Bottleneck: {profile['bottleneck']}. {profile['advice']}.")
 
 
 def _size(size_bytes: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -156,96 +158,130 @@ def distill(data: tuple[str, ...], verbose: bool, **options: Any) -> None:
     checkpoint that transformers and `earmark annotate --checkpoint DIR` load.
     """
     quiet(verbose)
-    with errors_said(
-        verbose,
-        kept="What was learned by the last epoch that was judged is kept: add --resume to go on",
-    ):
+    with errors_said(verbose, kept=lambda: _kept(options["output"])):
         _run(data, options)
 
 
-def _run(data: tuple[str, ...], options: dict[str, Any]) -> None:
-    try:
-        import accelerate  # noqa: F401
-        import matplotlib  # noqa: F401
-        import tensorboard  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"{error.name} is not installed, which training needs: pip install --editable '.[train]'"
-        ) from error
-    from rich.console import Console
+def _kept(output: str | None) -> str:
+    """What a run that was stopped has kept."""
+    from training.request import epoch_of, last_checkpoint
 
+    last = last_checkpoint(Path(output)) if output else None
+    if last is None:
+        return "No epoch was judged, so nothing is kept: the same command begins anew"
+    return f"What was learned to the end of epoch {epoch_of(last):g} is kept: add --resume to go on"
+
+
+def _run(data: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Everything that can be checked is, before torch and transformers are loaded, which takes seconds."""
+    for package in ("accelerate", "matplotlib", "tensorboard"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"{package} is not installed, which training needs: pip install --editable '.[train]'"
+            )
+    from training.presets import as_settings
+    from training.request import DistillError, begin, epoch_of, is_finished, is_first_process
+
+    recipe = _recipe(options)
+    if options["show"]:
+        lines = []
+        for name, value in as_settings(recipe).items():
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            lines.append(f"{name}={shown}")
+        click.echo("\n".join(lines))  # at once: `head` may close the pipe after a few
+        return
+    _check(data, options)
+    request = _request(data, options, recipe)
+    try:
+        begin(request)
+    except DistillError as error:
+        raise UsageError(str(error)) from error
+    if request.resume and is_finished(request.output):
+        if is_first_process():
+            click.echo(
+                f"{request.output} is finished: its {epoch_of(request.output):g} epochs are done. To let "
+                f"it learn on, give it to a new --output with --student {request.output}"
+            )
+    else:
+        _train(request)
+    if options["push_to_hub"] and is_first_process():
+        _push(request.output, options)
+
+
+def _train(request: Any) -> None:
     from evaluation.scores import EvaluationError
     from student import CheckpointError, DeviceError
     from training.clips import ClipsError
-    from training.distill import DistillError, distill, is_first_process
-    from training.hub import HubError, push
-    from training.presets import RecipeError, as_settings
+    from training.distill import distill
     from training.progress import Progress
+    from training.request import DistillError, is_first_process
     from training.trainer import TrainingFailed
 
-    out = Console()
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
     try:
-        recipe = _recipe(options)
-        if options["show"]:
-            lines = []
-            for name, value in as_settings(recipe).items():
-                shown = " ".join(map(str, value)) if isinstance(value, list) else value
-                lines.append(f"{name}={shown}")
-            click.echo("\n".join(lines))  # at once: `head` may close the pipe after a few
-            return
-        request = _request(data, options, recipe)
-
-        def say(line: str) -> None:
-            click.echo(line, err=True)
-
         distilled = distill(request, say, callbacks=[Progress(say)])
     except TrainingFailed as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
-    except (
-        RecipeError, DistillError, ClipsError, EvaluationError, CheckpointError, DeviceError,
-        HubError,
-    ) as error:  # fmt: skip
+    except (DistillError, ClipsError, EvaluationError, CheckpointError, DeviceError) as error:
         raise UsageError(str(error)) from error
-    if not is_first_process():
-        return
-    _show(distilled, out)
-    if options["push_to_hub"]:
-        try:
-            place = push(request.output, options["push_to_hub"], private=options["private"])
-        except HubError as error:
-            raise UsageError(str(error)) from error
-        out.print(f"Uploaded to {place}", highlight=False, soft_wrap=True)
+    if is_first_process():
+        _show(distilled)
+
+
+def _push(output: Path, options: dict[str, Any]) -> None:
+    from training.hub import HubError, push
+
+    try:
+        place = push(output, options["push_to_hub"], private=options["private"])
+    except HubError as error:
+        raise UsageError(str(error)) from error
+    click.echo(f"Uploaded to {place}")
 
 
 def _recipe(options: dict[str, Any]) -> Any:
-    from training.presets import PRESETS, with_settings
+    from training.presets import PRESETS, RecipeError, with_settings
 
-    settings = dict(_pair("--set", text) for text in options["settings"])
+    layers, option = {}, ""
     if options["teacher_layers"] is not None:
-        settings["teacher_layers"] = options["teacher_layers"]
+        layers, option = {"teacher_layers": options["teacher_layers"]}, "--teacher-layers"
     if options["student_layers"] is not None:
-        if options["teacher_layers"] is not None:
+        if layers:
             raise UsageError(
                 "--teacher-layers and --student-layers both say how the student begins: give one"
             )
-        settings |= {"teacher_layers": "None", "student_layers": str(options["student_layers"])}
-    return with_settings(PRESETS[options["preset"]](), settings)
+        layers = {"teacher_layers": "None", "student_layers": str(options["student_layers"])}
+        option = "--student-layers"
+    recipe: Any = PRESETS[options["preset"]]()
+    stated = dict(_pair("--set", text) for text in options["settings"])
+    for named, settings in (("--set", stated), (option, layers)):
+        try:
+            recipe = with_settings(recipe, settings)
+        except RecipeError as error:
+            raise UsageError(f"{named}: {error}") from error
+    return recipe
 
 
-def _request(data: tuple[str, ...], options: dict[str, Any], recipe: Any) -> Any:
-    from training.clips import Split
-    from training.distill import Request
-    from transforms.storage import Access
+def _check(data: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Refuses what contradicts itself, and what is named and is not there."""
+    from evaluation.scores import EvaluationError, open_source
+    from evaluation.truth import METADATA
+    from student.checkpoint import CheckpointError, find_checkpoint
+    from transforms.storage import Access, is_local
 
     if not data:
         raise UsageError("Missing argument 'DATA...'.")
     if not options["output"]:
         raise UsageError("Missing option '--output' / '-o'.")
     if options["push_to_hub"]:
-        from training.hub import check_id
+        from training.hub import HubError, check_id
 
-        check_id(options["push_to_hub"])
+        try:
+            check_id(options["push_to_hub"])
+        except HubError as error:
+            raise UsageError(str(error)) from error
     layers_set = {name.partition("=")[0].strip() for name in options["settings"]} & {
         "teacher_layers", "student_layers",
     }  # fmt: skip
@@ -266,6 +302,48 @@ def _request(data: tuple[str, ...], options: dict[str, Any], recipe: Any) -> Any
         )
     if options["private"] and not options["push_to_hub"]:
         raise UsageError("--private is for --push-to-hub")
+    directories = []
+    for name in ("teacher", "student"):
+        if options[name] and is_local(options[name]):
+            try:
+                directories.append(find_checkpoint(options[name]))
+            except CheckpointError as error:
+                raise UsageError(f"--{name}: {error}") from error
+    # Scores in a file are of a checkpoint's labels; one that is fetched first says them later.
+    if directories or not (options["teacher"] or options["student"]):
+        labels = _labels_in(directories[0]) if directories else None
+        for place in options["teacher_scores"]:
+            try:
+                open_source(place, Access(options["billing_project"]), labels)
+            except EvaluationError as error:
+                raise UsageError(f"--teacher-scores: {error}") from error
+    truth = options["truth"]
+    if truth and not truth.startswith(METADATA) and is_local(truth) and not Path(truth).exists():
+        raise UsageError(
+            f"--truth {truth!r} cannot be read: no such file; expected one, or {METADATA}FIELD for a "
+            "field of the clips' own metadata"
+        )
+
+
+def _labels_in(directory: Path) -> Any:
+    """A checkpoint's labels, of its config alone: `read_checkpoint` says all that is wrong with it."""
+    from student.labels import checkpoint_labels
+
+    try:
+        config = json.loads((directory / "config.json").read_text("utf-8"))
+        id2label = {int(index): str(name) for index, name in config["id2label"].items()}
+        return checkpoint_labels(id2label, config.get("label_mids"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{directory} is no checkpoint whose labels can be read ({type(error).__name__}: {error}); "
+            "expected what transformers' save_pretrained writes"
+        ) from error
+
+
+def _request(data: tuple[str, ...], options: dict[str, Any], recipe: Any) -> Any:
+    from training.request import Request, Split
+    from transforms.storage import Access
+
     access = Access(options["billing_project"])
     hold_out = _pair("--hold-out", options["hold_out"]) if options["hold_out"] else None
     return Request(
@@ -328,11 +406,14 @@ def _pair(option: str, text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-def _show(distilled: Any, out: Any) -> None:
+def _show(distilled: Any) -> None:
+    from rich.console import Console
     from rich.table import Table
 
+    from evaluation.provenance import HELD_OUT_FILE
     from training.lesson import counts
 
+    out = Console()
     table = Table(box=None, pad_edge=False)
     for column in ("held out", "loss", "F1", "ROC AUC", "accuracy", "mAP", "macro mAP", "d'"):
         table.add_column(column, justify="left" if column == "held out" else "right")
@@ -359,9 +440,8 @@ def _show(distilled: Any, out: Any) -> None:
         soft_wrap=True,
     )
     out.print(table, highlight=False)
-    out.print(
+    for line in (
         f"Use it: earmark annotate DATA --checkpoint {distilled.output}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+        f"Held out: {distilled.output / HELD_OUT_FILE}, for earmark evaluate --only",
+    ):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -49,6 +49,11 @@ _FEWEST_REPLICATES = 50
     help="Scores to stand beside: another OUTPUT, or a Parquet file with clip_id and scores.",
 )
 @click.option(
+    "--only",
+    metavar="FILE",
+    help="Look at these clips alone: a CSV, TSV, JSON Lines or Parquet file with a column of clips.",
+)
+@click.option(
     "--checkpoint",
     metavar="C",
     help="Annotate DATA with this checkpoint first: as earmark annotate takes both.",
@@ -210,8 +215,8 @@ def _check(paths: tuple[str, ...], options: dict[str, Any]) -> None:
 
 
 def _evaluate(paths: tuple[str, ...], options: dict[str, Any]) -> None:
-    from evaluation.scores import EvaluationError, open_source
-    from evaluation.truth import read_stated_truth, read_truth
+    from evaluation.scores import EvaluationError, only_of, open_source
+    from evaluation.truth import read_clip_list, read_stated_truth, read_truth
     from transforms.storage import Access
 
     access = Access(options["billing_project"])
@@ -222,6 +227,7 @@ def _evaluate(paths: tuple[str, ...], options: dict[str, Any]) -> None:
         if str(error).endswith("annotated first"):
             raise UsageError(f"{error}: name a checkpoint with --checkpoint") from error
         raise
+    only = None if options["only"] is None else read_clip_list(options["only"], access)
     labels = _labels_of(checkpoint, access) if source is None else source.labels
     about = {
         "clip_column": options["clip_column"],
@@ -229,13 +235,19 @@ def _evaluate(paths: tuple[str, ...], options: dict[str, Any]) -> None:
         "threshold": options["truth_threshold"],
     }
     truth = read_stated_truth(options["truth"], labels, access, **about)
-    teacher = options["teacher"]
-    teacher = None if teacher is None else open_source(teacher, access, labels)
+    teacher = None
+    if options["teacher"] is not None:
+        try:
+            teacher = open_source(options["teacher"], access, labels)
+        except EvaluationError as error:
+            raise UsageError(f"--teacher: {error}") from error
     with contextlib.ExitStack() as stack:
         if source is None:
             if truth is not None:
                 _check_truth(truth, labels, options)
             source = open_source(stack.enter_context(_annotated(paths, options)), access)
+        if only is not None:
+            source = only_of(source, only, options["only"])
         if truth is None:
             truth = read_truth(options["truth"], source, access, **about)
         _measure(source, truth, teacher, options)
@@ -245,7 +257,24 @@ def _measure(source: Source, truth: Truth, teacher: Source | None, options: dict
     from rich.console import Console
 
     from evaluation import present
+    from evaluation.evaluate import Own
     from evaluation.evaluate import evaluate as measure
+    from evaluation.thresholds import check_folds
+    from evaluation.truth import groups_of
+
+    grouped: tuple[list[str] | None, int] = None, 0
+
+    def check(own: Own) -> None:
+        """Refuses a fit that cannot be before the measuring, which takes longer."""
+        nonlocal grouped
+        if options["thresholds"] is None:
+            return
+        if options["group_by"] is not None:
+            grouped = groups_of(source, options["group_by"], own.clip_ids)
+        try:
+            check_folds(options["folds"], len(own.clip_ids), grouped[0], own.hashes)
+        except ValueError as error:
+            raise UsageError(f"--thresholds: {error}") from error
 
     evaluation = measure(
         source,
@@ -255,6 +284,7 @@ def _measure(source: Source, truth: Truth, teacher: Source | None, options: dict
         replicates=options["bootstrap"],
         seed=options["seed"],
         group_by=options["group_by"],
+        first=check,
     )
     console = Console()
     present.show(evaluation, console)
@@ -269,7 +299,7 @@ def _measure(source: Source, truth: Truth, teacher: Source | None, options: dict
     _write("--per-label", options["per_label"], lambda: present.per_label_csv(evaluation))
     _write("--picture", options["picture"], picture)
     if options["thresholds"]:
-        _fit_thresholds(source, evaluation, options, console)
+        _fit_thresholds(source, evaluation, grouped, options, console)
 
 
 def _labels_of(checkpoint: str, access: Access) -> tuple[Label, ...]:
@@ -279,7 +309,7 @@ def _labels_of(checkpoint: str, access: Access) -> tuple[Label, ...]:
     try:
         return read_checkpoint(local_checkpoint(checkpoint, access)).labels
     except CheckpointError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f"--checkpoint: {error}") from error
 
 
 def _check_truth(truth: Truth, labels: Sequence[Label], options: dict[str, Any]) -> None:
@@ -334,11 +364,14 @@ def _annotated(paths: tuple[str, ...], options: dict[str, Any]) -> Iterator[str]
 
 
 def _fit_thresholds(
-    source: Source, evaluation: Evaluation, options: dict[str, Any], console: Any
+    source: Source,
+    evaluation: Evaluation,
+    grouped: tuple[list[str] | None, int],
+    options: dict[str, Any],
+    console: Any,
 ) -> None:
     """Fits for all labels of the student, on all clips of the truth that it has scored."""
-    from evaluation.thresholds import FEWEST_POSITIVES, fit_thresholds
-    from evaluation.truth import groups_of
+    from evaluation.thresholds import FEWEST_POSITIVES, fit_thresholds, highest_target
 
     own = evaluation.own
 
@@ -346,25 +379,29 @@ def _fit_thresholds(
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     console.print()
-    groups = None
-    field = options["group_by"]
-    if field:
-        groups, without = groups_of(source, field, own.clip_ids)
+    groups, without = grouped
+    if groups is not None:
         say(
-            f"--group-by {field}: {len(own.clip_ids) - without:,} clips in "
+            f"--group-by {options['group_by']}: {len(own.clip_ids) - without:,} clips in "
             f"{len(set(groups)) - without:,} groups; {without:,} clips without it, each by itself."
         )
+    dealt: dict[str, Any] = {
+        "folds": options["folds"],
+        "seed": options["seed"],
+        "groups": groups,
+        "hashes": own.hashes,
+    }
+    target = options["target_precision"]
     try:
         fitted = fit_thresholds(
             own.truth,
             own.scores,
             own.labels,
-            target_precision=options["target_precision"],
-            folds=options["folds"],
-            seed=options["seed"],
-            groups=groups,
-            hashes=own.hashes,
+            target_precision=target,
+            **dealt,
             weights_sha256=source.weights_sha256,
+            truth_name=evaluation.truth_name,
+            clip_ids=own.clip_ids,
         )
     except ValueError as error:
         raise UsageError(f"--thresholds: {error}") from error
@@ -373,8 +410,20 @@ def _fit_thresholds(
             f"The truth has {fitted.positives:,} labels in all: below {FEWEST_POSITIVES}, thresholds and "
             "calibration are mostly luck. Look at them before you use them."
         )
-    _write("--thresholds", options["thresholds"], fitted.to_json)
     _show_fitted(fitted, console, say)
+    if target is not None and not any(label.reaches_target for label in fitted.labels):
+        reached = highest_target(own.truth, own.scores, target, **dealt)
+        raise UsageError(
+            f"--target-precision {target:g}: no label reaches it, so that the file would tag nothing; it "
+            "is not written. "
+            + (
+                f"The highest target that any label reaches is {reached[0]:g} ({reached[1]} of "
+                f"{len(own.labels)} do); more clips can show more"
+                if reached
+                else "No label reaches a lower one either: give more clips with their labels"
+            )
+        )
+    _write("--thresholds", options["thresholds"], fitted.to_json)
 
 
 def _show_fitted(fitted: FittedThresholds, console: Any, say: Callable[[str], None]) -> None:
@@ -387,24 +436,29 @@ def _show_fitted(fitted: FittedThresholds, console: Any, say: Callable[[str], No
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("threshold", "micro precision", "recall", "F1", "macro precision", "recall", "F1"):
         table.add_column(name, justify="right" if table.columns else "left", overflow="fold")
-    shown = {
-        "global": "out of reach" if fitted.shared is None else f"global, {fitted.shared:g}",
-        "tuned": "tuned, one a label",
-    }
+    shown = {"global": "one for all, fitted", "tuned": "one a label, fitted"}
     for name, total in fitted.totals.items():
         of = (
             total.micro_precision, total.micro_recall, total.micro_f1,
             total.macro_precision, total.macro_recall, total.macro_f1,
         )  # fmt: skip
-        table.add_row(shown.get(name, name), *map(number, of))
+        table.add_row(shown.get(name, f"{name} for all"), *map(number, of))
     console.print(table)
+    say(
+        f"Fitted rows are cross-fitted: each of {fitted.folds} folds has the thresholds of a fit of the "
+        "others, which differ from fold to fold. "
+        + (
+            "Fitted on all clips, no one threshold for all labels reaches the target; its row is of the "
+            "folds for which one did on the others."
+            if fitted.shared is None
+            else f"Fitted on all clips, the one for all is {fitted.shared:g}."
+        )
+    )
     if fitted.target_precision is not None:
         reach = sum(bool(label.reaches_target) for label in fitted.labels)
-        cure = "" if reach else " Lower --target-precision, or give more clips."
         say(
             f"{reach:,} of {len(fitted.labels):,} labels reach a precision of "
             f"{fitted.target_precision:g}; the others have no threshold and never become tags."
-            + cure
         )
     better = fitted.calibrated.ece <= fitted.uncalibrated.ece
     say(

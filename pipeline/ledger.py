@@ -91,7 +91,7 @@ def describe_run(
             name: value
             for name, value in asdict(options).items()
             if name not in ("inputs", "output", "checkpoint", "overwrite")
-            and not name.startswith(("dry_run", "job_file", "detach"))
+            and not name.startswith(("dry_run", "job_file", "detach", "profile"))
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS_OF},
     }  # fmt: skip
@@ -213,7 +213,9 @@ def refuse_other_divisions(
     for shard_id in doubtful:
         name = f"{CLIPS_FOLDER}/{shard_id}.parquet"
         with output.open(name) as stream:
-            table = pq.read_table(stream, columns=["shard", "member"])
+            # Without Arrow's threads, one of which could abort the process as it ends.
+            file = pq.ParquetFile(stream, pre_buffer=False)
+            table = file.read(["shard", "member"], use_threads=False)
         rows = zip(table["shard"].to_pylist(), table["member"].to_pylist(), strict=True)
         if "-rg" in shard_id or not files.isdisjoint(rows):
             raise UsageError(
@@ -230,6 +232,7 @@ def sum_up(
     finished_before: set[str],
     wall_s: float,
     metrics: dict[str, Any],
+    profile: dict[str, Any] | None = None,
 ) -> tuple[ShardSummary, ShardSummary]:
     """(totals of the output, those of this run): adds up all footers, and writes `summary.json`.
 
@@ -263,6 +266,7 @@ def sum_up(
         "clips_this_run": now.clips,
         "tags": dict(total.tags.most_common()),
         "metrics": metrics,
+        "profile": profile,
     }
     if not now.clips and _says(output, total):
         return total, now  # the last run that did something is still what it tells of

@@ -31,6 +31,8 @@ class AnnotateOptions:
     output: str
     checkpoint: str = BUNDLED
     device: str = "auto"
+    devices: str | None = None  # `all`, or how many: a worker process for each
+    decode_processes: int | None = None  # of each worker; None: as many as its GPU can use
     dtype: str = "auto"
     threshold: float | None = None  # None: the checkpoint's own
     thresholds: str | None = None  # a file of them
@@ -50,6 +52,7 @@ class AnnotateOptions:
     dry_run: bool = False
     job_file: str | None = None
     detach: bool = False
+    profile: bool = False
     beam: tuple[str, ...] = ()
 
 

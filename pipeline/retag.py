@@ -330,6 +330,11 @@ def _made(source: Output, name: str) -> dict[str, Any]:
 
     try:
         content = source.read(RUN_FILE)
+    except NotADirectoryError as error:
+        raise UsageError(
+            f"OUTPUT {name!r} is a file; expected the folder that earmark annotate wrote: audio is "
+            "annotated first"
+        ) from error
     except OSError as error:
         raise UsageError(f"OUTPUT {name!r} cannot be read: {error.strerror or error}") from error
     if content is None:
@@ -352,8 +357,8 @@ def _made(source: Output, name: str) -> dict[str, Any]:
 def _labels(source: Output, made: dict[str, Any]) -> tuple[Label, ...]:
     """The labels of the source's scores, which `run.json` must know."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
+    from evaluation.scores import read_table
     from pipeline import ledger
     from student.labels import Label
 
@@ -365,7 +370,7 @@ def _labels(source: Output, made: dict[str, Any]) -> tuple[Label, ...]:
             "again writes it"
         )
     try:
-        rows = pq.read_table(io.BytesIO(content), columns=["index", "mid", "name"]).to_pylist()
+        rows = read_table(io.BytesIO(content), ["index", "mid", "name"]).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(
             f"{place} is damaged ({error}): remove it, and the same earmark annotate again writes it"

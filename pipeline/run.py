@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import apache_beam as beam
 import grpc
+import torch
 from apache_beam.options.pipeline_options import (
     DirectOptions,
     GoogleCloudOptions,
@@ -31,10 +33,11 @@ from pipeline import __version__, dataflow, ledger
 from pipeline.image import ImageUnknown, image_versions
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
 from pipeline.plan import Todo, named_inputs, plan_inputs, shards_of
+from pipeline.profile import profile_of
 from pipeline.thresholds import Thresholds, asked_thresholds
 from student import BUNDLED
 from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from student.model import DeviceError, choose_device, choose_dtype
+from student.model import DeviceError, choose_device, choose_dtype, devices_of, settle_dtype
 from transforms.annotate import AnnotateShards, Annotation
 from transforms.checkpoint import local_checkpoint
 from transforms.meter import NAMESPACE, Meter
@@ -98,6 +101,7 @@ class Outcome:
     clips: int  # of this run alone
     audio_s: float  # of this run alone
     wall_s: float
+    profile: dict[str, Any] | None  # of `pipeline.profile`; None where nothing was done or told
 
     @property
     def failure_ratio(self) -> float:
@@ -149,7 +153,12 @@ def prepare(options: AnnotateOptions) -> Job:
         if not remote:
             _refuse_for_local(options)
             workers, notes = _choose_device(options, _runner_of(beam_options))
+            if workers.processes > 1:
+                beam_options = _with_processes(options, workers.processes)
         checkpoint = _read_checkpoint(options.checkpoint, access)
+        if not remote and workers.dtype in ("reduced", "int8"):
+            settled = settle_dtype(workers.dtype, torch.device(workers.device), checkpoint)
+            workers = replace(workers, dtype=str(settled).removeprefix("torch."))
         thresholds, said = _thresholds(options, checkpoint, access)
     except (CheckpointError, DeviceError) as error:
         raise UsageError(str(error)) from error
@@ -167,6 +176,7 @@ def prepare(options: AnnotateOptions) -> Job:
     def planned_again() -> Iterator[Shard]:
         return shards_of(inputs, options, access, Counter())
 
+    listing_since = time.monotonic()
     try:
         if isinstance(output, LocalOutput):
             _remove_abandoned(output)
@@ -177,6 +187,7 @@ def prepare(options: AnnotateOptions) -> Job:
             ledger.claim(output, options.output, run, only_look=True)
             finished = ledger.finished_shards(output)
         planned = plan_inputs(inputs, options, access, finished, meter)
+        meter.observe("list_usec", 1e6 * (time.monotonic() - listing_since))
         ledger.refuse_other_divisions(output, planned_again, planned.divided, finished)
         if remote and beam_options.view_as(GoogleCloudOptions).template_location is None:
             # Before anything of the output is touched: a job may be at work on it.
@@ -220,7 +231,7 @@ def execute(
     """
     started = time.monotonic()
     metrics: dict[str, Any] = {}
-    seen, _ = job.meter.take()
+    seen, observed = job.meter.take()
     if job.todo.shards:
         with tempfile.TemporaryDirectory(prefix="earmark-") as progress:
             annotation = annotation_of(job, None if job.on_dataflow else progress)
@@ -238,12 +249,13 @@ def execute(
                 with watch(job, Path(progress)), _causes(job.beam_options):
                     result = root.run()
                     result.wait_until_finish()
-            metrics = metrics_of(result, seen)
+            metrics = metrics_of(result, seen, observed)
     wall_s = time.monotonic() - started
+    profile = profile_of(metrics, wall_s)
     if isinstance(job.output, LocalOutput):
         _remove_abandoned(job.output)
     published = ledger.finished_shards(job.output)
-    total, now = ledger.sum_up(job.output, published, job.finished, wall_s, metrics)
+    total, now = ledger.sum_up(job.output, published, job.finished, wall_s, metrics, profile)
     missing = sum(shard.id not in published for shard in job.todo)
     if missing:
         raise dataflow.JobFailed(
@@ -252,7 +264,7 @@ def execute(
         )
     # Another run may have divided the same folder otherwise in the meantime.
     ledger.refuse_other_divisions(job.output, job.planned_again, job.divided, published)
-    return Outcome(total, job.todo.shards, now.clips, now.audio_s, wall_s)
+    return Outcome(total, job.todo.shards, now.clips, now.audio_s, wall_s, profile)
 
 
 @contextmanager
@@ -294,12 +306,15 @@ class _LastError(logging.Handler):
                 self.line = line.strip()
 
 
-def metrics_of(result: Any, here: dict[str, int]) -> dict[str, Any]:
+def metrics_of(
+    result: Any, here: dict[str, int], observed: Mapping[str, list[int]]
+) -> dict[str, Any]:
     """Earmark's metrics of a finished job: counters, and of each distribution how many, sum, ends.
 
     Args:
         result: of a pipeline.
         here: what this machine counted before the job, to be added.
+        observed: what it observed; no worker observes the same.
     """
     from apache_beam.metrics import MetricsFilter
 
@@ -321,6 +336,10 @@ def metrics_of(result: Any, here: dict[str, int]) -> dict[str, Any]:
         for d in found["distributions"]
         if d.result is not None
     }
+    for name, values in observed.items():
+        distributions[name] = {
+            "count": len(values), "sum": sum(values), "min": min(values), "max": max(values),
+        }  # fmt: skip
     return dict(sorted(counters.items())) | dict(sorted(distributions.items()))
 
 
@@ -339,9 +358,15 @@ def _prepare_dataflow(
     notes: list[str] = []
     cloud = beam_options.view_as(GoogleCloudOptions)
     dataflow.refuse_contradictions(options.gpu, beam_options)
-    if options.device != "auto":
+    if options.device != "auto" or options.devices is not None:
+        stated = f"--devices {options.devices}" if options.devices else f"--device {options.device}"
         raise UsageError(
-            f"--device {options.device} is about this machine; on Dataflow --gpu says what the workers have"
+            f"{stated} is about this machine; on Dataflow --gpu says what the workers have"
+        )
+    if options.dtype == "reduced":
+        raise UsageError(
+            "--dtype reduced is what is fastest on this machine; say what the workers are to compute in, "
+            "such as --dtype bfloat16 on GPUs or int8 on CPUs (the default with --gpu is the fastest)"
         )
     for option in ("project", "region"):
         if getattr(cloud, option) is None:
@@ -361,7 +386,10 @@ def _prepare_dataflow(
             f"--checkpoint {options.checkpoint!r} is a folder of this machine, which Dataflow's workers do not "
             "see: copy it to gs://, or name one of the Hugging Face Hub that is in the image"
         )
-    workers = dataflow.choose_workers(options.gpu, options.dtype, beam_options)
+    workers = replace(
+        dataflow.choose_workers(options.gpu, options.dtype, beam_options),
+        decode_processes=options.decode_processes or 0,
+    )
     began = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     job_name = f"{dataflow.name_of(options.output)}-{began}"
     settings = dataflow.settings(workers, options.output, job_name, beam_options)
@@ -387,22 +415,67 @@ def _refuse_other_student(checkpoint: str, baked: str | None, image: str) -> Non
 
 def _choose_device(options: AnnotateOptions, runner: str) -> tuple[dataflow.Workers, list[str]]:
     """What workers compute on that are here, or on a cluster that this machine does not see."""
+    if runner in _CLUSTERS and options.devices is not None:
+        raise UsageError("--devices is for a run on this machine; a cluster has its own workers")
     if runner in _CLUSTERS and options.device.startswith("cuda"):
-        if options.dtype == "auto":
+        if options.dtype in ("auto", "reduced"):
             raise UsageError(
                 f"--device {options.device} is of the workers, which this machine does not see: say what "
                 "they compute in, --dtype bfloat16 (Ampere and later) or float16"
             )
-        return dataflow.Workers(dataflow.NO_GPU, 0, options.device, options.dtype), []
+        decoding = options.decode_processes or 0
+        return dataflow.Workers(
+            dataflow.NO_GPU, 0, options.device, options.dtype, decode_processes=decoding
+        ), []
     device = choose_device(options.device)
-    dtype = str(choose_dtype(options.dtype, device)).removeprefix("torch.")
+    dtype = options.dtype
+    if dtype != "reduced" or device.type == "cuda":  # else it depends on the checkpoint
+        dtype = str(choose_dtype(dtype, device)).removeprefix("torch.")
     notes = []
     if runner in _CLUSTERS and options.device == "auto":
         notes.append(
             f"the workers will compute on {device}, which is what this machine has; where they have "
             "something else, say --device"
         )
-    return dataflow.Workers(dataflow.NO_GPU, 0, str(device), dtype), notes
+    processes = 1 if options.devices is None else _processes(options.devices, device)
+    decoding = options.decode_processes
+    if decoding is None:
+        # A GPU scores more clips a second than one Python decodes; a CPU has no core to spare.
+        share = (os.cpu_count() or 1) // max(processes, len(devices_of(str(device))))
+        decoding = max(1, share - 1) if device.type == "cuda" and runner not in _CLUSTERS else 0
+    return dataflow.Workers(dataflow.NO_GPU, 0, str(device), dtype, processes, decoding), notes
+
+
+def _processes(asked: str, device: torch.device) -> int:
+    """How many worker processes `--devices` asks for."""
+    there = torch.cuda.device_count() if device.type == "cuda" else None
+    if device.index is not None:
+        raise UsageError(f"--devices {asked} and --device {device} contradict each other: give one")
+    if asked == "all":
+        if there is None:
+            raise UsageError(
+                "--devices all asks for every GPU of this machine, and it has none that torch can use; "
+                "for several processes on its CPU: --device cpu --devices N"
+            )
+        return there
+    if not asked.isdigit() or not 1 <= int(asked) <= (there or os.cpu_count() or 1):
+        most = f"{there} GPUs" if there else f"{os.cpu_count()} cores"
+        raise UsageError(
+            f"--devices {asked!r}: expected all, or a number up to the {most} of this machine"
+        )
+    return int(asked)
+
+
+def _with_processes(options: AnnotateOptions, processes: int) -> PipelineOptions:
+    """Beam's options for so many worker processes of this machine."""
+    given = _beam_options(options.beam, options.dry_run).view_as(DirectOptions)
+    if given.direct_num_workers != 1 or given.direct_running_mode != "in_memory":
+        raise UsageError(
+            f"--devices {options.devices} sets --direct_num_workers and --direct_running_mode: "
+            "leave these out"
+        )
+    flags = (f"--direct_num_workers={processes}", "--direct_running_mode=multi_processing")
+    return _beam_options((*options.beam, *flags), options.dry_run)
 
 
 def _refuse_for_local(options: AnnotateOptions) -> None:
@@ -486,6 +559,8 @@ def annotation_of(job: Job, progress_folder: str | None) -> Annotation:
         config_sha256=job.checkpoint.config_sha256,
         device=job.workers.device,
         dtype=job.workers.dtype,
+        worker_processes=job.workers.processes,
+        decode_processes=job.workers.decode_processes,
         pool=job.options.pool,
         rows=row_options(job),
         output=job.output.uri,

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -20,15 +21,19 @@ EXIT_INTERRUPTED = 130
 @contextlib.contextmanager
 def errors_said(
     verbose: bool,
-    kept: str = "Finished shards are kept: run the same command again to go on",
+    kept: str | Callable[[], str] = "Finished shards are kept: run the same command again to go on",
 ) -> Any:
-    """Turns what went wrong into one sentence and an exit code; `kept` says what is not lost."""
+    """Turns what went wrong into one sentence and an exit code.
+
+    `kept` says what is not lost; a function is asked when something went wrong.
+    """
     try:
         yield
     except UsageError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(EXIT_USAGE)
     except (KeyboardInterrupt, Exception) as error:
+        kept = kept if isinstance(kept, str) else kept()
         if _was_interrupted(error):
             # What was interrupted while it waited for a job elsewhere says so itself.
             said = str(error) if str(error).startswith("Stopped") else f"Stopped. {kept}."

@@ -10,6 +10,10 @@ from student.checkpoint import CheckpointError, parse_thresholds, thresholds_war
 from student.labels import Label
 from transforms.storage import Access, read_all
 
+_EXPECTED = (
+    "expected an object of label name or mid to number, or what earmark evaluate --thresholds wrote"
+)
+
 Thresholds = tuple[float | None, ...]  # one a label; None: never a tag
 
 
@@ -43,14 +47,13 @@ def asked_thresholds(
         return None
     try:
         stated = json.loads(read_all(file, access))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--thresholds {file!r} is no JSON ({error}); {_EXPECTED}") from error
     except (OSError, ValueError, ImportError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"--thresholds {file!r} cannot be read: {reason}") from error
     if not isinstance(stated, dict):
-        raise UsageError(
-            f"--thresholds {file!r} holds a JSON {type(stated).__name__}, expected an object of "
-            "label name or mid to number, or what earmark evaluate --thresholds wrote"
-        )
+        raise UsageError(f"--thresholds {file!r} holds a JSON {type(stated).__name__}; {_EXPECTED}")
     try:
         thresholds = parse_thresholds(stated, labels, file)
     except CheckpointError as error:

@@ -6,6 +6,7 @@ A checkpoint is a directory in Hugging Face's format: `config.json`,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -55,6 +56,12 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()  # what is to be said about `thresholds`
 
     @property
+    def hidden_size(self) -> int:
+        """Width of its layers: 768 for AST, and where `config.json` does not say."""
+        config = json.loads((self.directory / "config.json").read_text("utf-8"))
+        return int(config.get("hidden_size", 768))
+
+    @property
     def is_bundled(self) -> bool:
         """Whether this is the demonstration student that comes with the package."""
         return self.directory == BUNDLED_DIRECTORY
@@ -73,13 +80,13 @@ def read_checkpoint(checkpoint: str) -> Checkpoint:
     from student.features import FeatureSpec
 
     directory = find_checkpoint(checkpoint)
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"{directory / 'config.json'} is of model_type {config.get('model_type')!r}; "
             f"earmark runs {MODEL_TYPE!r} (ASTForAudioClassification)"
         )
-    preprocessor = _read_json(directory / "preprocessor_config.json")
+    preprocessor = read_json(directory / "preprocessor_config.json")
     try:
         features = FeatureSpec.from_preprocessor_config(preprocessor)
         stated = config.get("id2label")
@@ -100,9 +107,9 @@ def read_checkpoint(checkpoint: str) -> Checkpoint:
     thresholds: tuple[float | None, ...] = (DEFAULT_THRESHOLD,) * len(labels)
     warnings: tuple[str, ...] = ()
     has_own_thresholds = thresholds_file.exists()
-    weights_sha256 = _sha256(_weight_files(directory))
+    weights_sha256 = _sha256_once(_weight_files(directory))
     if has_own_thresholds:
-        stated_thresholds = _read_json(thresholds_file)
+        stated_thresholds = read_json(thresholds_file)
         thresholds = parse_thresholds(stated_thresholds, labels, thresholds_file)
         warnings = thresholds_warnings(
             stated_thresholds, thresholds, weights_sha256, thresholds_file
@@ -285,7 +292,12 @@ def _check_threshold(value: Any, key: str, file: str | Path) -> None:
         )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in one of a checkpoint's JSON files.
+
+    Raises:
+        CheckpointError: it is not there, or holds something else.
+    """
     try:
         content = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
@@ -298,6 +310,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, expected an object")
     return content
+
+
+def _sha256_once(files: Sequence[Path]) -> str:
+    """`_sha256`, which takes a second for a large student, once for files that stay as they are."""
+    stats = [(file, file.stat()) for file in files]
+    return _sha256_of(tuple((f, s.st_ino, s.st_size, s.st_mtime_ns) for f, s in stats))
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256_of(versions: tuple[tuple[Path, int, int, int], ...]) -> str:
+    return _sha256([file for file, *_ in versions])
 
 
 def _sha256(files: Sequence[Path]) -> str:

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, overload
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import torch
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from numpy.typing import NDArray
-from transformers import ASTForAudioClassification
-from transformers.utils import logging as transformers_logging
 
 from student import BUNDLED
+from student.batches import Batches, GpuLaunch, Launch, Stages, launch_here
 from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from student.engine import Engine, choose_kernel
 from student.features import FRAME_SAMPLES, HOP_SAMPLES, FeatureSpec, LogMel
 from student.labels import Label
+from student.weights import Network, network_of, read_network
+
+if TYPE_CHECKING:
+    from transformers import ASTForAudioClassification
 
 logger = logging.getLogger(__name__)
 
+Result = Callable[[], tuple[NDArray[np.float32], NDArray[np.float32]]]
 Waveforms = NDArray[np.float32] | Sequence[NDArray[np.float32]]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
+TOLERANCE = 0.01  # how far a score may be from float32's in less precision
+# Narrower students gain nothing from int8, and lose more: fewer products average its rounding.
+_INT8_LEAST_WIDTH = 512
 
 # How many tokens (patches of a spectrogram) go through the model at once. A CPU
 # gains nothing past its caches; a GPU wants to be full, and 64 chunks of a
@@ -42,13 +53,15 @@ class Student:
     Attributes:
         checkpoint: where the weights came from, and the facts beside them.
         device: where the model runs.
-        dtype: what it computes in; features and scores are float32 always.
+        dtype: what its matrix products are in; features and scores are float32 always.
+        kernel: who multiplies matrices, of `student.engine`.
         max_batch: chunks that go through the model at once.
+        under_way: batches that are worth beginning before the first answer is taken.
     """
 
     def __init__(
         self,
-        model: ASTForAudioClassification,
+        network: Network,
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
@@ -56,21 +69,29 @@ class Student:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
-        self._model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.kernel = choose_kernel(device)
+        self.embedding_size = network.hidden_size  # 768 for Distil-AST
+        self.parameters = network.parameters  # 44,066,831 for Distil-AST
         if device.type == "cuda" and dtype is torch.float32:
             # float32 that was asked for is not to be TF32's 10 bits of mantissa.
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
-        self._log_mel = LogMel(checkpoint.features).to(device)
-        tokens = model.audio_spectrogram_transformer.embeddings.position_embeddings.shape[1]
-        self.max_batch = max(1, _MAX_BATCH_TOKENS[device.type] // tokens)
+        self.max_batch = max(1, _MAX_BATCH_TOKENS[device.type] // network.tokens)
+        self.under_way = 2 if device.type == "cuda" else 1
+        self._longest = (self.features.max_length - 1) * HOP_SAMPLES + FRAME_SAMPLES
+        self._stages = Stages()
+        log_mel = LogMel(checkpoint.features).to(device)
+        engine = Engine(network, device, dtype, self.kernel)
+        launch: Launch
+        if device.type == "cuda":
+            launch = GpuLaunch(log_mel, engine, self.max_batch, self._stages)
+        else:
+            launch = launch_here(log_mel, engine, self._stages)
+        self._batches = Batches(
+            launch, self.max_batch, self._longest, self._stages, pinned=device.type == "cuda"
+        )
         self._halvings = 0
         self._fitting = self.max_batch  # less once a batch did not fit
-        # Threads share a student. On a GPU they take turns, so that one batch's
-        # activations are in its memory, not one for each thread.
-        self._turn: AbstractContextManager[Any] = (
-            threading.Lock() if device.type == "cuda" else nullcontext()
-        )
 
     @classmethod
     def load(cls, checkpoint: str = BUNDLED, device: str = "auto", dtype: str = "auto") -> Student:
@@ -82,16 +103,19 @@ class Student:
             device: `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or
                 `cuda:N`.
             dtype: `auto` (float32 on the CPU; bfloat16 on CUDA, float16 on cards
-                older than Ampere), `float32`, `bfloat16` or `float16`.
+                older than Ampere), `reduced` (the fastest that keeps scores within
+                `TOLERANCE`, on a CPU too), `float32`, `bfloat16`, `float16` or `int8`
+                (its layers' products on a CPU with VNNI, checked against float32 here
+                on a few made sounds).
 
         Raises:
             CheckpointError: the checkpoint is missing or unusable.
-            DeviceError: the device is missing.
+            DeviceError: the device is missing, or cannot compute in `dtype`.
         """
         place = choose_device(device)
-        precision = choose_dtype(dtype, place)
         facts = read_checkpoint(checkpoint)
-        student = cls(load_model(facts), facts, place, precision)
+        precision = settle_dtype(dtype, place, facts)
+        student = cls(load_network(facts), facts, place, precision)
         logger.info(
             "loaded %s on %s in %s", checkpoint, place, str(precision).removeprefix("torch.")
         )
@@ -108,24 +132,21 @@ class Student:
         return self.checkpoint.features
 
     @property
-    def embedding_size(self) -> int:
-        """Length of an embedding: 768 for Distil-AST."""
-        return int(self._model.config.hidden_size)
+    def size_bytes(self) -> int:
+        """Bytes of the weights as they are on the device, but for what is float32 always."""
+        return int(self.parameters * self.dtype.itemsize)
 
     def take_halvings(self) -> int:
         """How often a batch was cut in two for want of GPU memory, since the last call."""
         taken, self._halvings = self._halvings, 0
         return taken
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the weights as they are on the device."""
-        return sum(p.numel() * p.element_size() for p in self._model.parameters())
+    def take_stage_s(self) -> dict[str, float]:
+        """Seconds in `features`, `transfer` (copies) and `model` since the last call.
 
-    @property
-    def parameters(self) -> int:
-        """Number of weights: 44,066,831 for Distil-AST."""
-        return sum(parameter.numel() for parameter in self._model.parameters())
+        On a GPU these are its own seconds, not those of the thread that waits for it.
+        """
+        return self._stages.take()
 
     @overload
     def score(self, waveforms: Waveforms) -> NDArray[np.float32]: ...
@@ -156,44 +177,65 @@ class Student:
             ValueError: a waveform is not one-dimensional, is too long, or holds NaN
                 or infinity.
         """
-        arrays = [np.asarray(waveform, dtype=np.float32) for waveform in waveforms]
-        for position, array in enumerate(arrays):
-            self._check(position, array)
+        arrays = self._checked(waveforms)
         scores = np.empty((len(arrays), len(self.labels)), np.float32)
         pooled = np.empty((len(arrays), self.embedding_size), np.float32)
+        begun: deque[tuple[slice, Result]] = deque()
         for start in range(0, len(arrays), self.max_batch):
-            batch = slice(start, start + self.max_batch)
-            scores[batch], pooled[batch] = self._score_fitting(arrays[batch])
+            rows = slice(start, start + self.max_batch)
+            begun.append((rows, self._begin(arrays[rows])))
+            if len(begun) == self.under_way:
+                rows, result = begun.popleft()
+                scores[rows], pooled[rows] = result()
+        for rows, result in begun:
+            scores[rows], pooled[rows] = result()
         return (scores, pooled) if embeddings else scores
 
-    def _check(self, position: int, array: NDArray[np.float32]) -> None:
-        if array.ndim != 1:
-            raise ValueError(
-                f"waveform {position} has shape {array.shape}, expected mono audio [samples]; "
-                "take the mean of the channels first"
-            )
-        limit = (self.features.max_length - 1) * HOP_SAMPLES + FRAME_SAMPLES
-        if len(array) > limit:
-            raise ValueError(
-                f"waveform {position} has {len(array)} samples, but this student hears at most {limit} "
-                f"({self.features.max_length} frames) at once; cut it into chunks of "
-                f"{self.features.chunk_samples}"
-            )
-        if not np.isfinite(array).all():
-            raise ValueError(f"waveform {position} holds NaN or infinite samples")
+    def begin(self, waveforms: Waveforms) -> Result:
+        """Begins to score at most `max_batch` chunks, and waits for nothing on a GPU.
 
-    def _score_fitting(
-        self, arrays: Sequence[NDArray[np.float32]]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """`_score_batch`, in halves where the whole does not fit the GPU's memory.
+        Args:
+            waveforms: as for `score`. They are copied: the caller may use them again.
+
+        Returns:
+            To be called once: waits, and gives scores and embeddings as `score` does.
+
+        Raises:
+            ValueError: as `score`, or there are too many.
+        """
+        if len(waveforms) > self.max_batch:
+            raise ValueError(
+                f"{len(waveforms)} chunks are more than one batch of {self.max_batch}; call score"
+            )
+        return self._begin(self._checked(waveforms))
+
+    def _checked(self, waveforms: Waveforms) -> list[NDArray[np.float32]]:
+        arrays = [np.asarray(waveform, dtype=np.float32) for waveform in waveforms]
+        for position, array in enumerate(arrays):
+            if array.ndim != 1:
+                raise ValueError(
+                    f"waveform {position} has shape {array.shape}, expected mono audio [samples]; "
+                    "take the mean of the channels first"
+                )
+            if len(array) > self._longest:
+                raise ValueError(
+                    f"waveform {position} has {len(array)} samples, but this student hears at most "
+                    f"{self._longest} ({self.features.max_length} frames) at once; cut it into "
+                    f"chunks of {self.features.chunk_samples}"
+                )
+            if not np.isfinite(array).all():
+                raise ValueError(f"waveform {position} holds NaN or infinite samples")
+        return arrays
+
+    def _begin(self, arrays: Sequence[NDArray[np.float32]]) -> Result:
+        """One batch, or halves of it where the whole does not fit the GPU's memory.
 
         Raises:
             torch.OutOfMemoryError: not even one chunk fits.
         """
         if len(arrays) <= self._fitting:
             try:
-                with self._turn:
-                    return self._score_batch(arrays)
+                return self._batches.begin(arrays)
             except torch.OutOfMemoryError:
                 if len(arrays) == 1:
                     raise
@@ -206,21 +248,13 @@ class Student:
                 len(arrays), self.device, self._fitting,
             )  # fmt: skip
         half = len(arrays) // 2
-        first, second = self._score_fitting(arrays[:half]), self._score_fitting(arrays[half:])
-        return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
+        first, second = self._begin(arrays[:half]), self._begin(arrays[half:])
 
-    @torch.inference_mode()
-    def _score_batch(
-        self, arrays: Sequence[NDArray[np.float32]]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        lengths = torch.tensor([len(array) for array in arrays])
-        waveforms = torch.zeros((len(arrays), int(lengths.max())))
-        for row, array in enumerate(arrays):
-            waveforms[row, : len(array)] = torch.from_numpy(array)
-        features = self._log_mel(waveforms.to(self.device), lengths.to(self.device))
-        pooled = self._model.audio_spectrogram_transformer(features.to(self.dtype)).pooler_output
-        logits = self._model.classifier(pooled)
-        return logits.float().sigmoid().cpu().numpy(), pooled.float().cpu().numpy()
+        def result() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            one, other = first(), second()
+            return np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]])
+
+        return result
 
 
 def choose_device(device: str) -> torch.device:
@@ -262,29 +296,110 @@ def devices_of(device: str) -> list[str]:
     return [str(place)]
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype for a name; `auto` is the fastest that keeps scores within 0.01.
+def choose_dtype(dtype: str, device: torch.device, hidden_size: int = 768) -> torch.dtype:
+    """The dtype for a name.
+
+    Args:
+        dtype: `auto` is float32 on a CPU and the fastest within `TOLERANCE` on a GPU;
+            `reduced` is the fastest within it on either.
+        device: where it computes.
+        hidden_size: how wide the student is.
 
     Raises:
         DeviceError: the name is unknown, or the device cannot compute in it.
     """
-    if dtype == "auto":
-        if device.type == "cpu":
+    on_cpu = device.type == "cpu"
+    if dtype == "reduced" and on_cpu:
+        # bfloat16 gains only where a processor has AMX, and there int8 gains twice that.
+        return torch.int8 if has_int8() and hidden_size >= _INT8_LEAST_WIDTH else torch.float32
+    if dtype in ("auto", "reduced"):
+        if on_cpu:
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if dtype not in DTYPES:
-        raise DeviceError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
-    if dtype == "float16" and device.type == "cpu":
-        raise DeviceError("dtype 'float16' is for GPUs; use float32 or bfloat16 on the CPU")
+        raise DeviceError(f"dtype {dtype!r} is unknown; use auto, reduced, {', '.join(DTYPES)}")
+    if dtype == "float16" and on_cpu:
+        raise DeviceError("dtype 'float16' is for GPUs; use float32, bfloat16 or int8 on the CPU")
+    if dtype == "int8" and not on_cpu:
+        raise DeviceError("dtype 'int8' is for CPUs; use bfloat16 or float16 on a GPU")
+    if dtype == "int8" and not has_int8():
+        raise DeviceError(
+            "dtype 'int8' was asked for, but this processor has no instructions for it (VNNI), or "
+            "this torch no oneDNN; use float32"
+        )
     return DTYPES[dtype]
 
 
-def load_model(checkpoint: Checkpoint) -> ASTForAudioClassification:
-    """The weights of a checkpoint in its architecture, float32 on the CPU.
+def has_int8() -> bool:
+    """Whether this processor multiplies 8-bit numbers faster than float32, and torch can say so."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    vnni = known.get("avx512_vnni", False) or known.get("avx_vnni", False)
+    return bool(vnni) and choose_kernel(torch.device("cpu")) == "onednn"
+
+
+def made_sounds(features: FeatureSpec) -> NDArray[np.float32]:
+    """Four made sounds [4, chunk_samples]: noise, a sweep, clicks, and a voice of sorts."""
+    rate, samples = features.sample_rate, features.chunk_samples
+    random, time_s = np.random.default_rng(0), np.arange(samples) / rate
+    sweep = np.sin(2 * np.pi * (50 * time_s + (rate / 4 - 50) / features.chunk_s / 2 * time_s**2))
+    clicks = np.zeros(samples)
+    clicks[:: rate // 7] = 1
+    harmonics = sum(np.sin(2 * np.pi * 140 * n * time_s) / n for n in range(1, 20))
+    voice = harmonics * (1 + np.sin(2 * np.pi * 4 * time_s)) / 8
+    sounds = np.stack([random.normal(0, 0.1, samples), 0.5 * sweep, clicks, 0.3 * voice])
+    return sounds.astype(np.float32)
+
+
+def settle_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """`choose_dtype`, and for int8 whether this checkpoint bears it, on made sounds.
+
+    `reduced` falls to float32 where it does not. Takes a few seconds for int8.
+
+    Raises:
+        CheckpointError: the weights cannot be loaded.
+        DeviceError: the device cannot compute in `dtype`, or not well enough.
+    """
+    precision = choose_dtype(dtype, device, checkpoint.hidden_size)
+    if precision is not torch.int8:
+        return precision
+    sounds, network = made_sounds(checkpoint.features), load_network(checkpoint)
+    exact, coarse = (
+        Student(network, checkpoint, device, each).score(sounds)
+        for each in (torch.float32, torch.int8)
+    )
+    worst = float(np.abs(coarse - exact).max())
+    # Four sounds are few: what they differ by is doubled before it is judged.
+    if 2 * worst <= TOLERANCE:
+        return precision
+    if dtype == "reduced":
+        logger.info("int8 changes this student's scores by up to %.3f; float32 it is", worst)
+        return torch.float32
+    raise DeviceError(
+        f"in int8 this student's scores differ from float32's by up to {worst:.3f} on four made "
+        f"sounds, more than half of {TOLERANCE}; use float32 or bfloat16"
+    )
+
+
+def load_network(checkpoint: Checkpoint) -> Network:
+    """The weights of a checkpoint, float32 on the CPU, to score with.
 
     Raises:
         CheckpointError: they cannot be loaded, or some are missing.
     """
+    return read_network(checkpoint) or network_of(load_model(checkpoint))
+
+
+def load_model(checkpoint: Checkpoint) -> ASTForAudioClassification:
+    """The weights of a checkpoint as transformers' model, float32 on the CPU, to train with.
+
+    Raises:
+        CheckpointError: they cannot be loaded, or some are missing.
+    """
+    # Here, because it takes seconds, and a usual checkpoint is scored without it.
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+    from transformers import ASTForAudioClassification
+    from transformers.utils import logging as transformers_logging
+
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its progress bars and reports are for people
     bars = not are_progress_bars_disabled()

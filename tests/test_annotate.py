@@ -406,8 +406,10 @@ def test_an_unwritable_output_is_a_sentence(annotate, shards, tmp_path):
         ["--runner", "DirectRunner"],
         ["--runner", "DirectRunner", "--direct_num_workers", "2", "--direct_running_mode", "multi_threading"],
         ["--runner", "DirectRunner", "--direct_num_workers", "2", "--direct_running_mode", "multi_processing"],
+        ["--device", "cpu", "--devices", "2"],
+        ["--decode-processes", "2"],
     ],
-    ids=["direct", "threads", "processes"],
+    ids=["direct", "threads", "processes", "devices", "decode-processes"],
 )  # fmt: skip
 def test_other_runners_give_the_same_rows(annotate, shards, tmp_path, tiny_checkpoint, beam):
     assert annotate(shards, "--output", tmp_path / "here").exit_code == 0

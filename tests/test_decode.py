@@ -5,8 +5,11 @@ import io
 import math
 import struct
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -15,7 +18,15 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from transforms.decode import BLOCK_S, RESAMPLE_QUALITY, AudioDecoder, SourceFacts
+from transforms.decode import (
+    BLOCK_S,
+    RESAMPLE_QUALITY,
+    AudioDecoder,
+    SourceFacts,
+    _converter,
+    _joined,
+    take_decode_s,
+)
 from transforms.records import ClipError
 
 Noise = Callable[..., NDArray[np.float32]]
@@ -73,6 +84,27 @@ def contained(format: str, encoder: str, **tags: str) -> bytes:
         for piece in (frame, None):
             container.mux(stream.encode(piece))
     return file.getvalue()
+
+
+def dts_in_wav(silence_bytes: int) -> bytes:
+    """A WAV of DTS, as on a DTS CD, after some silence: frames of a true header and noise."""
+    # Sync word, a normal frame of 512 samples and 2,048 bytes, stereo, 44.1 kHz.
+    fields = ((0x7FFE8001, 32), (0b111111, 6), (0, 1), (15, 7), (2_047, 14), (2, 6), (8, 4))
+    fields += ((24, 5), (0, 14), (7, 4), (0, 17), (0, 2))
+    header = int("".join(f"{value:0{bits}b}" for value, bits in fields), 2).to_bytes(14, "big")
+    random = np.random.default_rng(0)
+    stream = b"".join(header + random.bytes(2_048 - len(header)) for _ in range(100))
+    samples = bytes(silence_bytes) + np.frombuffer(stream, ">i2").astype("<i2").tobytes()
+    return pcm_wav(samples, 44_100)
+
+
+def pcm_wav(samples: bytes, sample_rate: int, channels: int = 2) -> bytes:
+    """A WAV that says that `samples` are 16-bit PCM."""
+    byte_rate = 2 * channels * sample_rate
+    kind = struct.pack("<HHIIHH", 1, channels, sample_rate, byte_rate, 2 * channels, 16)
+    chunks = b"WAVEfmt " + struct.pack("<I", len(kind)) + kind
+    chunks += b"data" + struct.pack("<I", len(samples)) + samples
+    return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
 
 
 def with_header(wav: bytes, offset: int, value: int) -> bytes:
@@ -201,6 +233,123 @@ def test_a_big_endian_wav_is_not_read_as_little_endian(noise: Noise, subtype: st
     samples, facts = decode(file.getvalue())
     assert np.array_equal(samples, by_soundfile(file.getvalue())[:, 0])
     assert (facts.sample_rate, facts.channels, facts.frames) == (16_000, 1, 40_000)
+
+
+def extremes(kind: np.dtype[np.generic], size: int) -> NDArray[np.generic]:
+    """Random values of all magnitudes, and the least and greatest of integers."""
+    random = np.random.default_rng(size)
+    if kind.kind == "f":
+        values = random.normal(size=size) * 10.0 ** random.integers(-30, 4, size)
+        return values.astype(kind)
+    limits = np.iinfo(kind)
+    values = random.integers(limits.min, limits.max, size, kind, endpoint=True)
+    values[:2] = limits.min, limits.max
+    return values
+
+
+@pytest.mark.parametrize("layout", ["mono", "stereo", "5.1"])
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    [("u8", "u1"), ("s16", "i2"), ("s32", "i4"), ("flt", "f4"), ("dbl", "f8")],
+)
+@pytest.mark.parametrize("planar", [False, True])
+def test_samples_are_what_libswresample_makes_of_them(
+    format: str, kind: str, layout: str, planar: bool
+) -> None:
+    channels = av.AudioLayout(layout).nb_channels
+    frames = []
+    for samples in (1_024, 77, 1_024):
+        values = extremes(np.dtype(kind), samples * channels)
+        values = values.reshape(channels if planar else 1, -1)
+        frame = av.AudioFrame.from_ndarray(values, format + "p" * planar, layout)
+        frame.sample_rate = 44_100
+        frames.append(frame)
+    assert _converter(frames[0], 44_100) is None
+    converter = av.AudioResampler("flt", layout, 44_100)
+    converted = [part for frame in frames for part in converter.resample(frame)]
+    expected = np.concatenate([part.to_ndarray() for part in converted], axis=1)
+    joined = _joined(frames)
+    assert joined.dtype == np.float32
+    assert np.array_equal(joined, expected.reshape(-1, channels).T)
+
+
+@pytest.mark.parametrize(
+    ("format", "layout", "sample_rate"),
+    [("s64", "mono", 44_100), ("fltp", "7.1", 44_100), ("s16", "mono", 22_050)],
+    ids=["a format unknown to numpy", "8 planes", "a rate that changed"],
+)
+def test_other_frames_go_through_libswresample(format: str, layout: str, sample_rate: int) -> None:
+    frame = av.AudioFrame(format, layout, 100)
+    frame.sample_rate = sample_rate
+    assert _converter(frame, 44_100) is not None
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 6])
+def test_the_mean_of_channels_is_rounded_once(encoded: Encoded, channels: int) -> None:
+    values = extremes(np.dtype("f4"), 50_000 * channels).reshape(-1, channels)
+    values[:4] = np.float32(3.3e38)  # the sum of two is no float32
+    samples, _ = decode(encoded(values, format="wav", subtype="FLOAT"))
+    assert np.array_equal(samples, values.mean(axis=1, dtype=np.float64).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype", "certain"),
+    [
+        ("wav", "PCM_16", True),
+        ("wavex", "PCM_16", True),
+        ("rf64", "PCM_16", True),
+        ("wav", "PCM_24", False),
+        ("wav", "IMA_ADPCM", False),
+        ("flac", "PCM_16", False),
+    ],
+)
+def test_ffmpeg_probes_less_where_a_wav_holds_samples(
+    noise: Noise,
+    encoded: Encoded,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    subtype: str,
+    certain: bool,
+) -> None:
+    asked: list[dict[str, str]] = []
+    av_open = av.open
+
+    def opened(*given: Any, options: dict[str, str], **named: Any) -> Any:
+        asked.append(options)
+        return av_open(*given, options=options, **named)
+
+    content = encoded(noise((400_000, 2)), 44_100, format, subtype)
+    monkeypatch.setattr(av, "open", opened)
+    _, facts = decode(content)
+    assert facts.frames // 1_000 == 400
+    assert ["max_probe_packets" in options for options in asked] == [certain]
+
+
+def test_dts_that_poses_as_samples_is_found_behind_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    content = dts_in_wav(silence_bytes=200_000)
+    with av.open(io.BytesIO(content), options={"max_probe_packets": "2"}) as probed_less:
+        assert probed_less.streams.audio[0].codec_context.name == "pcm_s16le"
+    found: list[str] = []
+    av_open = av.open
+
+    def opened(*given: Any, **named: Any) -> Any:
+        container = av_open(*given, **named)
+        found.append(container.streams.audio[0].codec_context.name)
+        return container
+
+    monkeypatch.setattr(av, "open", opened)
+    for _ in AudioDecoder(io.BytesIO(content)).mono(16_000):
+        pass
+    assert found == ["dca"]
+
+
+def test_ac3_that_poses_as_samples_is_decoded() -> None:
+    ac3 = contained("ac3", "ac3")
+    samples, facts = decode(pcm_wav(ac3, 48_000))
+    assert (facts.codec, facts.sample_rate, facts.channels) == ("ac3", 48_000, 1)
+    assert np.abs(np.fft.rfft(samples[8_000:24_000])).argmax() == 500
 
 
 # ------------------------------------------------------------------- resampling
@@ -480,3 +629,30 @@ def test_a_flac_that_only_libsndfile_reads_is_called_flac(shared: Path, name: st
     samples, facts = decode(content, 24_000)
     assert np.array_equal(samples, by_soundfile(content).mean(axis=1))
     assert facts.codec == "flac"
+
+
+def test_a_thread_is_told_what_its_decoders_took(encoded: Encoded, noise: Noise) -> None:
+    class Slow(io.BytesIO):
+        reads = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            self.reads += 1
+            time.sleep(0.01)
+            return super().read(size)
+
+    take_decode_s()
+    file = Slow(encoded(noise(44_100), 44_100))
+    started = time.perf_counter()
+    for _ in AudioDecoder(file).mono(16_000):
+        time.sleep(0.2)  # not the decoder's
+    whole_s = time.perf_counter() - started
+    took: list[dict[str, float]] = []
+    elsewhere = threading.Thread(target=lambda: took.append(take_decode_s()))
+    elsewhere.start()
+    elsewhere.join()
+    took.append(take_decode_s())
+    assert set(took[0].values()) == {0.0}
+    assert took[1]["read"] >= 0.01 * file.reads
+    assert took[1]["resample"] > 0 and took[1]["decode"] > 0
+    assert sum(took[1].values()) <= whole_s - 0.2
+    assert set(take_decode_s().values()) == {0.0}

@@ -5,11 +5,15 @@ import csv
 import http.server
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,9 +47,11 @@ from training.initialise import layers_of, student_from_teacher
 from training.losses import LOSSES
 from training.presets import PRESETS, Consistent, DistilAst, RecipeError, with_settings
 from training.progress import Progress, duration
+from training.request import DistillError, begin, epoch_of, last_checkpoint, settings_of
 from training.trainer import TrainingFailed
 from transforms.shards import plan_shards
 
+REPO = Path(__file__).resolve().parents[1]
 LABELS = audioset_labels()
 NAMES = [label.name for label in LABELS]
 SHARE = 0.3  # of the recordings below: 10 clips of 5 are held out, 10 are learned from
@@ -496,6 +502,63 @@ def test_a_resumed_run_is_that_which_was_not_interrupted(kept, request_of, tmp_p
 
 
 @pytest.mark.usefixtures("only_weights")
+def test_a_run_that_was_stopped_says_what_is_kept(tars, tiny_checkpoint, tmp_path, monkeypatch):
+    command = ["distill", tars, "-o", tmp_path / "s", "--teacher", tiny_checkpoint, *COMMAND]
+    stop = {"step": 1}
+
+    class Interrupted(Progress):
+        def on_step_end(self, args, state, control, **passed):
+            if state.global_step == stop["step"]:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.progress.Progress", Interrupted)
+    said = run(*command, code=130)
+    assert "Stopped. No epoch was judged, so nothing is kept: the same command begins anew." in said
+    said = run(*command, "--resume", code=130)
+    assert "nothing was kept: this run begins at the start" in said
+    stop["step"] = 3  # of 2 an epoch
+    said = run(*command, code=130)
+    kept = "What was learned to the end of epoch 1 is kept: add --resume to go on."
+    assert f"Stopped. {kept}" in said
+    stop["step"] = 0
+    said = run(*command, "--resume")
+    assert "Going on after epoch 1 of 2" in said and "held out: " in said
+    assert "is finished: its 2 epochs are done" in run(*command, "--resume")
+
+
+@pytest.mark.parametrize("kept", ["cached", "streamed"])
+def test_who_learned_from_which_clips_is_written_and_told(
+    kept, tars, tiny_checkpoint, annotated, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("training.distill.draw_curves", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    more = ["--cache", tmp_path / "cache"] if kept == "cached" else []
+    run("distill", tars, "-o", "s", "--teacher", tiny_checkpoint, *COMMAND, *more)
+    with (tmp_path / "s" / "held_out.csv").open() as stream:
+        held_out = list(csv.DictReader(stream))
+    learned = pq.read_table(tmp_path / "s" / "learned_from.parquet").to_pylist()
+    rows = pq.read_table(annotated / "clips").to_pylist()
+    columns = ("clip_id", "member", "audio_xxh128", "shard")
+    ours = {tuple(row[name] for name in columns) for row in [*held_out, *learned]}
+    theirs = {tuple(row[name] for name in columns) for row in rows}
+    assert ours == theirs and len(ours) == len(held_out) + len(learned) == 20
+    recordings = [
+        {json.loads(row["metadata"])["recording"] for row in rows
+         if row["clip_id"] in {one["clip_id"] for one in side}}
+        for side in (held_out, learned)
+    ]  # fmt: skip
+    assert not recordings[0] & recordings[1]
+
+    run("annotate", tars, "--output", "tags", "--checkpoint", "s")
+    command = ("evaluate", "tags", "--truth", "metadata:labels", "--bootstrap", 0)
+    told = "The student learned from 9 of these clips"  # of ten one is broken
+    said = run(*command)
+    assert told in said and "--only s/held_out.csv leaves them out" in said
+    said = run(*command, "--only", "s/held_out.csv")
+    assert "10 of the truth's 10 clips are compared" in said and "learned from" not in said
+
+
+@pytest.mark.usefixtures("only_weights")
 def test_a_seed_decides_the_student(request_of, tmp_path):
     """A fresh student: its first weights are drawn, too."""
     shape = {
@@ -718,6 +781,41 @@ def test_a_loss_that_is_no_number_stops_and_says_the_cure(
     assert "learning_rate below 0.001" in error and "precision=float32" in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "there is nothing to learn from"),
+        (["--teacher", "nope"], "--teacher: checkpoint 'nope' is neither"),
+        (["--student", "nope"], "--student: checkpoint 'nope' is neither"),
+        (["--teacher", "CKPT", "--set", "epochs=two"], "--set: epochs is 'two', expected a number"),
+        (["--teacher", "CKPT", "--teacher-layers", "none"], "--teacher-layers: teacher_layers is"),
+        (["--teacher-scores", "x.csv"], "--teacher-scores: 'x.csv' is a file; expected the folder"),
+        (["--teacher-scores", "no.parquet"], "--teacher-scores: 'no.parquet' cannot be read"),
+        (["--teacher", "CKPT", "--truth", "no.csv"], "--truth 'no.csv' cannot be read"),
+        (["--teacher", "CKPT", "-o", "."], "--output '.' is not empty"),
+        (["--teacher", "CKPT", "--resume"], "nothing was begun there"),
+    ],
+)
+def test_what_is_wrong_is_told_before_torch_is_loaded(
+    arguments, said, tars, tiny_checkpoint, tmp_path
+):
+    (tmp_path / "x.csv").write_text("clip_id\n")
+    named = [str(tiny_checkpoint) if argument == "CKPT" else argument for argument in arguments]
+    heavy = {"torch", "transformers", "datasets", "accelerate", "matplotlib", "tensorboard"}
+    code = (
+        "import sys; from click.testing import CliRunner; from pipeline.cli import cli; "
+        f"done = CliRunner().invoke(cli, ['distill', {str(tars)!r}, '-o', 's', *{named!r}]); "
+        f"print(done.output, done.exit_code, {heavy} & set(sys.modules))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert said in done.stdout and done.stdout.rstrip().endswith("2 set()"), (
+        done.stdout + done.stderr
+    )
+
+
 def test_an_absurd_rate_is_found_out(request_of, tmp_path):
     request = request_of(
         tmp_path / "s", learning_rate=1e30, average_decay=0.0, epochs=6.0, accumulation=1
@@ -754,7 +852,8 @@ def test_an_output_in_use_is_refused(made, tars, tiny_checkpoint, tmp_path):
     folder, _ = made
     before = weights_of(folder)
     error = refused(tars, "-o", folder, "--teacher", tiny_checkpoint, *COMMAND)
-    assert "is not empty" in error and "--resume" in error
+    assert "is not empty" in error
+    assert f"it holds a finished student, which learns on with --student {folder}" in error
     assert weights_of(folder) == before
     error = refused(tars, "-o", tmp_path, "--teacher", tiny_checkpoint, *COMMAND, "--resume")
     assert "nothing was begun there" in error
@@ -783,16 +882,44 @@ def test_a_run_is_resumed_with_its_own_settings(
     assert len(error) < 200
 
 
+def test_what_was_kept_is_not_begun_anew_where_the_settings_are_damaged(request_of, tmp_path):
+    kept = tmp_path / "s" / "checkpoints" / "checkpoint-2"
+    kept.mkdir(parents=True)
+    (kept / "trainer_state.json").write_text('{"epoch": 1.0}')
+    (tmp_path / "s" / "distill.json").write_text('{"recipe": ')
+    with pytest.raises(DistillError, match="is not empty"):
+        begin(request_of(tmp_path / "s"))
+    with pytest.raises(DistillError, match=r"distill\.json is damaged"):
+        begin(request_of(tmp_path / "s", resume=True))
+
+
+@pytest.mark.usefixtures("only_weights")
+def test_a_checkpoint_that_was_being_written_is_nothing_that_is_kept(request_of, tmp_path):
+    """Of a run with an average; without one, its checkpoint would be whole."""
+    request = request_of(tmp_path / "s", average_decay=0.9)
+    part = request.output / "checkpoints" / "checkpoint-99"
+    part.mkdir(parents=True)
+    (part / "trainer_state.json").write_text('{"epoch": 99.0}')
+    (request.output / "distill.json").write_text(json.dumps(settings_of(request)))
+    assert last_checkpoint(request.output) is None
+    distill(request_of(request.output, average_decay=0.0), callbacks=[])
+    assert not part.exists() and epoch_of(last_checkpoint(request.output)) == 2
+
+
 def test_a_finished_run_may_be_resumed(made, tars, annotated, tiny_checkpoint):
     folder, _ = made
-    before = weights_of(folder), (folder / "metrics.csv").read_text()
-    run(
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    said = run(
         "distill", tars, "-o", folder, "--teacher", tiny_checkpoint, "--teacher-scores", annotated,
         *COMMAND, "--truth", "metadata:labels", "--cache", folder.parent / "cache", "--set",
         "average_decay=0.9", "--set", "epochs=3", "--resume", "--licence", "apache-2.0",
         "--title", "Tiny",
     )  # fmt: skip
-    assert (weights_of(folder), (folder / "metrics.csv").read_text()) == before
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+    assert said == (
+        f"{folder} is finished: its 3 epochs are done. To let it learn on, give it to a new --output "
+        f"with --student {folder}\n"
+    )
 
 
 @pytest.mark.usefixtures("only_weights")

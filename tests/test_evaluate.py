@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,8 @@ from rich.console import Console
 from sklearn.metrics import average_precision_score
 
 from evaluation import metrics, present
-from evaluation.evaluate import agreement_of, evaluate
+from evaluation.evaluate import Interval, agreement_of, evaluate
+from evaluation.provenance import learned_from, write_learned
 from evaluation.scores import EvaluationError, names_of, open_source
 from evaluation.truth import Truth, read_truth, resolve
 from pipeline.cli import cli
@@ -570,3 +572,218 @@ def test_no_score_may_be_nan(output, tmp_path):
     ):
         evaluate(open_source(str(file)), truth)
     assert resolve(truth, audioset_labels()).matrix.sum() == 1
+
+
+# ------------------------------------------------------------------ what is read, and of which clips
+
+
+def test_no_thread_but_the_callers_reads_a_file(output, teacher, tmp_path, monkeypatch):
+    """Arrow's own threads would let go of a Python file while the interpreter ends: an abort."""
+    readers = set()
+
+    class Watched(io.FileIO):
+        def read(self, size=-1):
+            readers.add(threading.get_ident())
+            return super().read(size)
+
+        def readinto(self, buffer):
+            readers.add(threading.get_ident())
+            return super().readinto(buffer)
+
+    def opened(self, name):
+        return Watched(f"{self.uri}/{name}")
+
+    monkeypatch.setattr("transforms.output.LocalOutput.open", opened)
+    truth = tmp_path / "truth.parquet"
+    pq.write_table(pa.table({"file": ["c0.flac", "c1.flac"], "labels": ["Dog", "Speech"]}), truth)
+    run(output, "--truth", truth, "--only", truth, "--teacher", teacher, "--bootstrap", 0)
+    assert readers == {threading.get_ident()}
+
+
+def listed(folder, suffix, rows):
+    """A list of two clips and one that is nowhere, in each form that `--only` takes."""
+    first = {name: rows[1][name] for name in ("clip_id", "member", "audio_xxh128")}
+    # Under another name: the same bytes.
+    table = [
+        first,
+        {"clip_id": "elsewhere/z", "member": "z.flac", "audio_xxh128": rows[4]["audio_xxh128"]},
+        {"clip_id": "nowhere", "member": "nowhere", "audio_xxh128": None},
+    ]
+    file = folder / f"only.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(table), file)
+    elif suffix == "jsonl":
+        file.write_text("\n".join(map(json.dumps, table)))
+    else:
+        with file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(first))
+            writer.writeheader()
+            writer.writerows(table)
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_only_some_clips_are_looked_at(output, rows, tmp_path, suffix):
+    file = listed(tmp_path, suffix, rows)
+    told = tmp_path / "e.json"
+    asked = ("--only", file, "--bootstrap", 0, "--json", told)
+    said = run(output, "--truth", "metadata:labels", *asked)
+    assert "2 of the truth's 2 clips are compared" in said
+    assert f"1 clips of {file} have no row." in said
+    available = json.loads(told.read_text())["availability"]
+    assert (available["only"], available["only_absent"]) == (str(file), 1)
+    positives = {label["name"]: label["positives"] for label in
+                 json.loads(told.read_text())["labels"] if label["positives"]}  # fmt: skip
+    assert positives == {"Speech": 2, "Music": 2}  # of c1 and c4
+    said = run(output, "--truth", output, *asked)
+    assert "2 of the truth's 11 clips are compared" in said
+    assert f"9 clips of the truth are not in {file}, or have no row." in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("o.csv", "clip_id\nelsewhere\n", "none of its 1 clips has a row in"),
+        ("o.csv", "a,b\n1,2\n", "has the columns a, b; expected one of clips, called clip_id, id"),
+        ("o.csv", "clip_id,member\n,x\n", "names no clip in its column 'clip_id'"),
+        ("o.csv", "", "is empty"),
+        ("o.csv", "c0.flac\nc1.flac\n", "has the columns c0.flac; expected one of clips"),
+        ("o.jsonl", "", "is empty"),
+        ("o.jsonl", "{", "line 1 is no JSON"),
+        ("o.parquet", "no", "cannot be read"),
+        ("o.png", "no", "expected a table of clips that ends in .csv"),
+        ("o.csv", None, "cannot be read: No such file"),
+    ],
+)
+def test_a_list_of_clips_that_cannot_be_used_is_named(output, tmp_path, name, content, expected):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    said = run(output, "--truth", "metadata:labels", "--only", tmp_path / name, code=2)
+    assert f"Error: --only '{tmp_path / name}'" in said and expected in said
+
+
+def test_thresholds_judged_on_the_clips_that_tuned_them_are_told(
+    output, rows, shard, tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    half = {"fit": rows[:6], "judge": rows[6:]}
+    for name, some in half.items():
+        ids = "\n".join(row["clip_id"] for row in some)
+        (tmp_path / f"{name}.csv").write_text(f"clip_id\n{ids}\n")
+    of = ("--truth", "metadata:labels", "--bootstrap", 0)
+    run(output, *of, "--only", "fit.csv", "--thresholds", "t.json", "--folds", 2)
+    fitted = json.loads((tmp_path / "t.json").read_text())["fitted_on"]
+    assert fitted["truth"] == "metadata:labels" and len(fitted["some_clips"].split()) == 6
+    made = ("--thresholds", "t.json", "--output")
+    assert CliRunner().invoke(cli, ["retag", str(output), *made, "retagged"]).exit_code == 0
+    annotate = ["annotate", str(shard), "--checkpoint", str(tiny_checkpoint), *made, "annotated"]
+    assert CliRunner().invoke(cli, annotate).exit_code == 0
+    sentence = "The thresholds of the tags were fitted on "
+    for tagged in ("retagged", "annotated"):
+        assert f"{sentence}all of these clips (t.json)" in run(tagged, *of, "--only", "fit.csv")
+        assert f"{sentence}about 6 of these clips (t.json)" in run(tagged, *of)
+        assert sentence not in run(tagged, *of, "--only", "judge.csv")
+    assert sentence not in run(output, *of)
+    file = tmp_path / "t.json"
+    file.write_text(file.read_text().replace('"threshold": 0.', '"threshold": 0.0'))
+    assert sentence not in run("retagged", *of)  # these are no longer what it was tagged by
+    file.unlink()
+    assert sentence not in run("retagged", *of)
+
+
+def test_clips_learned_from_are_known_by_their_bytes(output, tmp_path):
+    """Another corpus may have the same names."""
+    rows = [("same", "same", "11", "s"), ("renamed", "renamed", "22", "s"), ("a", "a", "", "s")]
+    write_learned(tmp_path / "learned_from.parquet", rows)
+    source = replace(open_source(str(output)), run={"checkpoint": {"name": str(tmp_path)}})
+
+    def clips(clip_id, of_bytes):
+        before = learned_from(source, [clip_id], [of_bytes])
+        return before.clips if before else 0
+
+    assert clips("same", "11") == clips("same", None) == clips("other", "22") == 1
+    assert clips("a", "33") == 1  # of which the bytes were not known
+    assert clips("same", "33") == clips("other", None) == clips("other", "33") == 0
+
+
+def test_what_was_tuned_is_of_the_clips_that_the_teacher_has_too(
+    output, rows, teacher, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name, some in {"fit": rows[:6], "judge": rows[6:]}.items():
+        ids = "\n".join(row["clip_id"] for row in some)
+        (tmp_path / f"{name}.csv").write_text(f"clip_id\n{ids}\n")
+    of = ("--truth", "metadata:labels", "--bootstrap", 0)
+    run(output, *of, "--only", "fit.csv", "--thresholds", "t.json", "--folds", 2)
+    command = ["retag", str(output), "--thresholds", "t.json", "--output", "retagged"]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    pq.write_table(pq.read_table(teacher).slice(6), "beside.parquet")  # none of the fit
+    said = run("retagged", *of, "--teacher", "beside.parquet")
+    assert "lacks them" in said and "were fitted on" not in said
+
+
+# ------------------------------------------------------------------ refused before any work
+
+
+def test_a_fit_that_cannot_be_is_refused_before_the_measuring(output, tmp_path, monkeypatch):
+    def measured(*arguments, **options):
+        raise AssertionError("measured first")
+
+    monkeypatch.setattr("evaluation.evaluate.card_metrics", measured)
+    file = tmp_path / "t.json"
+    asked = ("--truth", "metadata:labels", "--thresholds", file, "--folds")
+    said = run(output, *asked, 12, code=2)  # of 12 clips one has failed
+    assert "11 clips cannot be dealt into 12 folds" in said
+    said = run(output, *asked, 7, "--group-by", "recording", code=2)
+    assert "6 groups of clips cannot be dealt into 7 folds" in said
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--teacher", "nope.parquet"], "--teacher: 'nope.parquet' cannot be read: No such file"),
+        (["--truth", "labels"], "--truth metadata:labels"),
+        (["--truth", "metadata:recording"], "display names; is this the field of the labels?"),
+        (["--group-by", "r"], "has 'r' in its metadata (it has labels, recording)"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_option(output, arguments, said):
+    truth = [] if "--truth" in arguments else ["--truth", "metadata:labels"]
+    shown = run(output, *truth, *arguments, code=2)
+    assert said in re.sub(r"\s+", " ", shown) and "Error: " in shown
+
+
+# ------------------------------------------------------------------ what is no news
+
+
+def test_ties_with_the_teacher_are_left_out(output):
+    source = open_source(str(output))
+    names = tuple(NAMES[:12])
+    clips = [row.as_py() for row in pq.read_table(output / "clips")["member"]][:6]
+    truth = Truth("t", tuple(clips), tuple(map(names_of, clips)), (*[names] * 5, ()))
+    evaluation = evaluate(source, truth, teacher=source, replicates=0)
+    precision = evaluation.student.label_precision
+
+    def shown(*gaps):
+        theirs = precision.copy()
+        theirs[: len(gaps)] -= gaps
+        console = Console(file=io.StringIO(), width=200)
+        teacher = replace(evaluation.teacher, label_precision=theirs)
+        present.show(replace(evaluation, teacher=teacher), console)
+        last = console.file.getvalue().split("\n\n")[-1].splitlines()
+        return last[0], [row.split()[-1] for row in last[2:]]
+
+    title, gaps = shown(0.2, -0.1, 0.0004)
+    assert gaps == ["-0.100", "+0.200"]
+    assert "The 1 labels that come off worst" in title and title.endswith("; 10 are equal")
+    title, gaps = shown(0.3)
+    assert gaps == ["+0.300"] and "come off best" not in title
+    assert "come off" not in shown()[0]
+
+
+def test_an_interval_without_bounds_says_so():
+    assert present._range(Interval(4.0, 3.0, math.inf)) == "not bounded"
+    assert present._range(Interval(math.nan, -math.inf, math.inf)) == "not bounded"
+    assert present._range(Interval(1.0, math.nan, math.nan)) == ""
+    assert present._range(Interval(1.0, 0.5, 1.5)) == "0.500…1.500"

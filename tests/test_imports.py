@@ -66,6 +66,30 @@ def test_help_loads_neither_torch_nor_beam():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_annotate_loads_nothing_of_the_other_commands():
+    """Each costs the first row of a local run a part of a second, or more."""
+    heavy = {"training", "evaluation", "matplotlib", "sklearn", "datasets", "duckdb"}
+    code = (
+        "import sys, pipeline.cli, pipeline.display, pipeline.run; "
+        f"loaded = {heavy} & set(sys.modules); sys.exit(str(loaded) if loaded else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_scoring_loads_torch_and_no_more():
+    """transformers and what comes with it take as long to import as all the rest."""
+    heavy = {"transformers", "scipy", "sympy", "pandas", "sklearn", "torch._dynamo"}
+    code = (
+        "import sys, numpy as np; from student import Student; "
+        "student = Student.load('bundled', device='cpu'); "
+        "assert student.score([np.zeros(16_000, np.float32)]).shape == (1, 527); "
+        f"loaded = {heavy} & set(sys.modules); sys.exit(str(loaded) if loaded else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("package", sorted(ALLOWED))
 def test_the_packages_are_this_projects(package):
     """`pipeline` and `transforms` are common names: another distribution could shadow them."""

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from transforms.meter import COUNTERS, DISTRIBUTIONS, Meter
+from transforms.meter import COUNTERS, DISTRIBUTIONS, Meter, Stopwatch
 
 
 def test_counts_and_values_are_those_since_the_last_time() -> None:
@@ -90,3 +92,37 @@ def test_nothing_is_lost_between_threads() -> None:
     taken.append(meter.take())
     assert sum(counts.get("clips", 0) for counts, _ in taken) == threads * times
     assert sum(len(values.get("shard_msec", ())) for _, values in taken) == threads * times
+
+
+def test_a_stopwatch_counts_what_making_takes_and_not_what_is_done_with_it() -> None:
+    watch, whole = Stopwatch(), time.perf_counter()
+
+    def slow() -> Iterator[int]:
+        for item in range(3):
+            time.sleep(0.01)
+            yield item
+
+    for _ in watch.making(slow()):
+        time.sleep(0.05)
+    assert 0.03 <= watch.seconds <= time.perf_counter() - whole - 0.15
+
+
+def test_what_a_stopwatch_measures_fails_and_closes_as_without_it() -> None:
+    watch, closed = Stopwatch(), []
+
+    def items() -> Iterator[int]:
+        try:
+            yield 1
+            raise OSError("gone")
+        finally:
+            closed.append("closed")
+
+    made = watch.making(items())
+    assert next(made) == 1
+    with pytest.raises(OSError, match="gone"):
+        next(made)
+    stopped = watch.making(items())
+    next(stopped)
+    stopped.close()  # type: ignore[attr-defined]
+    assert closed == ["closed", "closed"]
+    assert list(watch.making([1, None])) == [1, None]

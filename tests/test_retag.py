@@ -222,7 +222,7 @@ def test_row_groups_stay_and_no_more_than_one_is_read_at_a_time(tagged, tmp_path
     monkeypatch.setattr(
         pq.ParquetFile,
         "read_row_group",
-        lambda self, group, *a: read.append(group) or of_one(self, group, *a),
+        lambda self, group, *a, **k: read.append(group) or of_one(self, group, *a, **k),
     )
     assert (
         earmark("retag", tmp_path / "old", "-o", tmp_path / "new", "--threshold", 0.2).exit_code
@@ -374,6 +374,11 @@ def test_what_cannot_be_retagged_is_said_and_leaves_no_trace(tagged, tmp_path, t
     assert "cannot be read: No such file" in refused(tagged, "-o", new, "--thresholds", "no.json")
     assert "nothing here is there" in refused(tagged, *asked, "--kms-key", "k")
     assert "cannot be used" in refused(tagged, "-o", "odd://x/y", "--threshold", 0.5)
+    (tmp_path / "bad.json").write_text("{,")
+    said = refused(tagged, "-o", new, "--thresholds", tmp_path / "bad.json")
+    assert "bad.json' is no JSON (Expecting" in said and "expected an object of label name" in said
+    said = refused(tmp_path / "bad.json", "-o", new, "--threshold", 0.5)
+    assert "bad.json' is a file; expected the folder that earmark annotate wrote" in said
     (tmp_path / "bad.json").write_text('{"Unicorn": 0.5}')
     said = refused(tagged, "-o", new, "--thresholds", tmp_path / "bad.json")
     assert "bad.json states a threshold for 'Unicorn', which is no label" in said

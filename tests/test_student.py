@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,15 +17,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
-from student import CheckpointError, DeviceError, Student
+from student import CheckpointError, DeviceError, Student, checkpoint
 from student.checkpoint import DEFAULT_THRESHOLD, find_checkpoint, read_checkpoint
 from student.features import FeatureSpec
 from student.labels import Label, audioset_labels
-from student.model import choose_device, choose_dtype, devices_of
+from student.model import (
+    choose_device,
+    choose_dtype,
+    devices_of,
+    has_int8,
+    load_model,
+    settle_dtype,
+)
+from student.weights import ACTIVATIONS, Network, network_of, read_network
 
 Noise = Callable[..., NDArray[np.float32]]
 MakeCheckpoint = Callable[..., Path]
@@ -239,13 +249,44 @@ def test_an_unknown_device_is_refused(tiny_checkpoint: Path, device: str) -> Non
         Student.load(str(tiny_checkpoint), device=device)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "int8", "half", ""])
+@pytest.mark.parametrize("dtype", ["float64", "int4", "half", ""])
 def test_an_unknown_dtype_is_refused(tiny_checkpoint: Path, dtype: str) -> None:
     with pytest.raises(DeviceError) as refusal:
         Student.load(str(tiny_checkpoint), device="cpu", dtype=dtype)
     assert str(refusal.value) == (
-        f"dtype {dtype!r} is unknown; use auto, float32, bfloat16, float16"
+        f"dtype {dtype!r} is unknown; use auto, reduced, float32, bfloat16, float16, int8"
     )
+
+
+def test_reduced_is_int8_where_it_is_faster_and_float32_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("student.model.has_int8", lambda: True)
+    assert choose_dtype("reduced", cpu, hidden_size=768) is torch.int8
+    assert choose_dtype("reduced", cpu, hidden_size=192) is torch.float32
+    assert choose_dtype("int8", cpu) is torch.int8
+    assert choose_dtype("auto", cpu) is torch.float32
+    monkeypatch.setattr("student.model.has_int8", lambda: False)
+    assert choose_dtype("reduced", cpu, hidden_size=768) is torch.float32
+    with pytest.raises(DeviceError, match="this processor has no instructions for it"):
+        choose_dtype("int8", cpu)
+    with pytest.raises(DeviceError, match="dtype 'int8' is for CPUs"):
+        choose_dtype("int8", torch.device("cuda"))
+
+
+@pytest.mark.skipif(not has_int8(), reason="this processor has no VNNI")
+def test_int8_is_checked_against_float32_before_it_is_used(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, facts = torch.device("cpu"), read_checkpoint(str(tiny_checkpoint))
+    monkeypatch.setattr("student.model._INT8_LEAST_WIDTH", 1)
+    with pytest.raises(DeviceError, match=r"by up to 0\.\d{3} on four made sounds"):
+        Student.load(str(tiny_checkpoint), device="cpu", dtype="int8")
+    assert settle_dtype("reduced", cpu, facts) is torch.float32
+    # One that bears it: in the bundled student rounding is small beside what it has learned.
+    assert settle_dtype("reduced", cpu, read_checkpoint("bundled")) is torch.int8
+    assert Student.load("bundled", device="cpu", dtype="int8").dtype is torch.int8
 
 
 def test_float16_on_the_cpu_is_refused(tiny_checkpoint: Path) -> None:
@@ -285,6 +326,37 @@ def test_weights_in_several_files_load_and_hash_as_one(
     np.testing.assert_allclose(student.score([noise(CHUNK)]), expected, rtol=0, atol=1e-6)
     joined = b"".join(file.read_bytes() for file in files)
     assert student.checkpoint.weights_sha256 == hashlib.sha256(joined).hexdigest()
+
+
+def test_weights_are_hashed_again_only_when_a_file_has_changed(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    sha256 = checkpoint._sha256
+
+    def watched(files: list[Path]) -> str:
+        hashed.extend(files)
+        return sha256(files)
+
+    monkeypatch.setattr(checkpoint, "_sha256", watched)
+    file = copy / "model.safetensors"
+    first = read_checkpoint(str(copy)).weights_sha256
+    assert read_checkpoint(str(copy)).weights_sha256 == first
+    assert hashed.count(file) == 1
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    written = copy / "other"
+    written.write_bytes(content)
+    stat = file.stat()
+    os.utime(written, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    written.rename(file)  # of the same size and time
+    second = read_checkpoint(str(copy)).weights_sha256
+    assert second == hashlib.sha256(content).hexdigest() != first
+    content[-1] ^= 2
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert read_checkpoint(str(copy)).weights_sha256 == hashlib.sha256(content).hexdigest()
+    assert hashed.count(file) == 3
 
 
 def test_a_checkpoint_with_labels_of_its_own(
@@ -467,6 +539,135 @@ def test_weights_that_lack_a_tensor_are_refused(copy: Path) -> None:
 def test_weights_of_another_number_of_labels_are_refused(copy: Path) -> None:
     edit_json(copy / "config.json", id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
     with pytest.raises(CheckpointError, match="cannot be loaded"):
+        Student.load(str(copy), device="cpu")
+
+
+# ------------------------------------------------ weights, read without transformers
+
+
+def flat(part: Any) -> Any:
+    """A network's content with its tensors as arrays, to be compared with ==."""
+    if isinstance(part, torch.Tensor):
+        return part.dtype, part.tolist()
+    if dataclasses.is_dataclass(part):
+        return {f.name: flat(getattr(part, f.name)) for f in dataclasses.fields(part)}
+    return [flat(one) for one in part] if isinstance(part, tuple) else part
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def uneven(copy: Path) -> Path:
+    """A tiny checkpoint no two of whose tensors are alike; a fresh model's biases are all zero."""
+    random = torch.Generator().manual_seed(4)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor += 0.1 * torch.randn(tensor.shape, generator=random)
+
+    rewrite(copy, change)
+    return copy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_weights_are_those_that_transformers_loads(uneven: Path, dtype: torch.dtype) -> None:
+    rewrite(uneven, lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items()}))
+    facts = read_checkpoint(str(uneven))
+    network = read_network(facts)
+    assert isinstance(network, Network)
+    assert network.positions.dtype == torch.float32
+    assert flat(network) == flat(network_of(load_model(facts)))
+
+
+def test_weights_by_the_names_that_they_have_in_memory(uneven: Path) -> None:
+    facts = read_checkpoint(str(uneven))
+    expected, model = flat(read_network(facts)), load_model(facts)
+    tensors = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    assert tensors.keys() != load_file(uneven / "model.safetensors").keys()
+    save_file(tensors, uneven / "model.safetensors", metadata={"format": "pt"})
+    assert expected is not None
+    assert flat(read_network(facts)) == expected
+
+
+def test_weights_in_several_files_are_read_without_transformers(uneven: Path) -> None:
+    facts = read_checkpoint(str(uneven))
+    expected, model = flat(read_network(facts)), load_model(facts)
+    model.save_pretrained(uneven, max_shard_size="50KB")
+    (uneven / "model.safetensors").unlink(missing_ok=True)
+    assert (uneven / "model.safetensors.index.json").exists()
+    assert expected is not None
+    assert flat(read_network(facts)) == expected
+
+
+@pytest.mark.parametrize(
+    "config", [*({"hidden_act": name} for name in ACTIVATIONS), {"qkv_bias": False}], ids=str
+)
+def test_usual_architectures_score_as_transformers_without_it(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, noise: Noise, config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = make_checkpoint(tmp_path / "tiny", ["knock", "hiss", "hum"], **config)
+    monkeypatch.delattr("student.model.load_model")
+    waveforms = [noise(CHUNK), noise(9_000, seed=1)]
+    scores = Student.load(str(folder), device="cpu").score(waveforms)
+    assert np.abs(scores - by_transformers(folder, waveforms)[0]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "prelu"])  # the second has weights
+def test_other_activations_are_transformers(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, noise: Noise, activation: str
+) -> None:
+    folder = make_checkpoint(tmp_path / "tiny", ["knock", "hiss", "hum"], hidden_act=activation)
+    assert read_network(read_checkpoint(str(folder))) is None
+    scores = Student.load(str(folder), device="cpu").score([noise(CHUNK)])
+    assert np.abs(scores - by_transformers(folder, [noise(CHUNK)])[0]).max() <= 1e-5
+
+
+def test_what_may_mean_more_is_left_to_transformers(uneven: Path, noise: Noise) -> None:
+    def is_read_here() -> bool:
+        return read_network(read_checkpoint(str(uneven))) is not None
+
+    expected = Student.load(str(uneven), device="cpu").score([noise(CHUNK)])
+    assert is_read_here()
+    (uneven / "adapter_config.json").write_text("{}")
+    assert not is_read_here()
+    (uneven / "adapter_config.json").unlink()
+    rewrite(uneven, lambda tensors: tensors.update(extra=torch.zeros(3)))
+    assert not is_read_here()
+    rewrite(uneven, lambda tensors: tensors.pop("extra"))
+    assert is_read_here()
+    edit_json(uneven / "config.json", quantization_config=None)
+    assert not is_read_here()
+    found = Student.load(str(uneven), device="cpu").score([noise(CHUNK)])
+    assert np.array_equal(found, expected)
+
+
+def test_an_exact_gelu_is_torchs_whoever_loads_it(copy: Path) -> None:
+    facts = read_checkpoint(str(copy))
+    for network in (read_network(facts), network_of(load_model(facts))):
+        assert network is not None
+        assert all(layer.activation is F.gelu for layer in network.layers)
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {"classifier.dense.bias": "none"}}'],
+)
+def test_an_index_that_cannot_be_right_is_refused(copy: Path, index: str) -> None:
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    (copy / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=f"the weights in {copy} cannot be loaded"):
+        Student.load(str(copy), device="cpu")
+
+
+def test_a_layer_that_lacks_a_tensor_is_refused(copy: Path) -> None:
+    name = "audio_spectrogram_transformer.encoder.layer.1.output.dense.weight"
+    rewrite(copy, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=r"lack 1 of the model's tensors, 'audio_spectrogram"):
         Student.load(str(copy), device="cpu")
 
 
@@ -666,12 +867,12 @@ def test_a_checkpoint_that_was_never_fetched_says_what_to_do_offline(
 
 
 class Memory:
-    """Room for `limit` chunks in `_score_batch` of a student; more raise as torch does."""
+    """Room for `limit` chunks in a student's batches; more raise as torch does."""
 
     def __init__(self, student: Student, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.limit = limit
         self.batches: list[int] = []  # sizes of those that were tried
-        whole = student._score_batch
+        whole = student._batches.begin
 
         def score(arrays: list[NDArray[np.float32]]) -> Any:
             self.batches.append(len(arrays))
@@ -679,7 +880,7 @@ class Memory:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return whole(arrays)
 
-        monkeypatch.setattr(student, "_score_batch", score)
+        monkeypatch.setattr(student._batches, "begin", score)
 
 
 @pytest.fixture
@@ -756,7 +957,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(
     def broken(arrays: object) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(student, "_score_batch", broken)
+    monkeypatch.setattr(student._batches, "begin", broken)
     with pytest.raises(RuntimeError, match="device-side assert"):
         student.score([noise(CHUNK)] * 4)
     assert student.take_halvings() == 0

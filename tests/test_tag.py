@@ -145,13 +145,13 @@ def test_thresholds_and_pool(good, tiny_student):
 
 def test_clips_are_taken_as_they_are_needed(noise, tiny_student, monkeypatch):
     taken, at_first_batch = [], []
-    score = tiny_student.score
+    begin = tiny_student.begin
 
     def counting(waveforms):
         at_first_batch.append(len(taken))
-        return score(waveforms)
+        return begin(waveforms)
 
-    monkeypatch.setattr(tiny_student, "score", counting)
+    monkeypatch.setattr(tiny_student, "begin", counting)
     monkeypatch.setattr(tiny_student, "max_batch", 4)
     clips = (taken.append(1) or noise(2_000, seed) for seed in range(12))
     assert len(tag_clips(clips, tiny_student)) == 12

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from evaluation import thresholds as fitting
-from evaluation.thresholds import fit_thresholds, wilson_low
+from evaluation.thresholds import fit_thresholds, highest_target, wilson_low
 from pipeline import ledger
 from pipeline.cli import cli
 from pipeline.options import UsageError
@@ -657,8 +658,10 @@ def test_all_labels_and_clips_are_fitted_whatever_is_compared(output, teacher):
 def test_the_command_says_what_was_fitted(output):
     said, file = evaluated(output, "--target-precision", 0.5)
     assert "2 of 4 labels reach a precision of 0.5; the others have no threshold" in said
-    lines = {line.split("  ")[0].strip(): line for line in said.splitlines()}
-    for shown, name in (("0.2", "0.2"), (f"global, {file['shared']:g}", "global")):
+    assert f"Fitted on all clips, the one for all is {file['shared']:g}." in said
+    names = ("0.2 for all", "one for all, fitted", "one a label, fitted")
+    lines = {name: line for line in said.splitlines() for name in names if line.startswith(name)}
+    for shown, name in zip(names, ("0.2", "global", "tuned"), strict=True):
         numbers = list(map(float, lines[shown].removeprefix(shown).split()))
         total = file["cross_fitted"][name]
         assert numbers == pytest.approx(
@@ -672,6 +675,31 @@ def test_the_command_says_what_was_fitted(output):
     )
     said, file = evaluated(output)
     assert "reach a precision" not in said and file["labels"]["/m/3"]["threshold"] is not None
+
+
+def test_a_target_that_no_label_reaches_writes_nothing(output, tmp_path):
+    file = tmp_path / "t.json"
+    asked = ["--truth", "metadata:labels", "--bootstrap", "0", "--thresholds", str(file)]
+    command = ["evaluate", str(output), *asked, "--target-precision"]
+    done = CliRunner().invoke(cli, [*command, "0.99"])
+    assert done.exit_code == 2 and not file.exists()
+    assert "--target-precision 0.99: no label reaches it" in done.output
+    reached, labels = re.search(
+        r"The highest target that any label reaches is ([\d.]+) \((\d+) of 4 do\)", done.output
+    ).groups()
+    assert CliRunner().invoke(cli, [*command, reached]).exit_code == 0
+    fitted = json.loads(file.read_text())["labels"].values()
+    assert sum(label["reaches_target"] for label in fitted) == int(labels) > 0
+    file.unlink()
+    above = f"{float(reached) + 0.05:g}"
+    assert CliRunner().invoke(cli, [*command, above]).exit_code == 2 and not file.exists()
+
+
+def test_no_target_is_the_highest_where_nothing_is_right():
+    truth = np.zeros((50, 2), bool)
+    truth[:3, 0] = True
+    scores = np.linspace(0, 1, 100, dtype=np.float32).reshape(50, 2)  # the true ones lowest
+    assert highest_target(truth, scores, 0.9, folds=2) is None
 
 
 def test_copies_stay_in_one_fold_and_a_value_is_no_clip_id(output):

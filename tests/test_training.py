@@ -191,6 +191,20 @@ def test_an_average_is_of_what_normalisations_know_too():
     torch.testing.assert_close(assistant.state_dict()[name], (before + after) / 2)
 
 
+@pytest.mark.parametrize(("steps", "most"), [(3, 0.004), (8, 3e-5), (100, 1e-11)])
+def test_the_average_of_a_short_training_has_let_go_of_its_beginning(steps, most):
+    """Of the weights before the first step hardly anything is left, however slow the decay."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = WeightAverage(model, 0.999, None)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        average.on_train_begin(None, SimpleNamespace(global_step=0), None)
+        model.weight.fill_(0.0)
+    for _ in range(steps):
+        average.on_step_end(None, None, None)
+    assert 0 <= float(average.weights["weight"]) < most
+
+
 def test_an_assistant_learns_once(corpus, tmp_path, monkeypatch):
     folder, _ = corpus
     arguments = argparse.Namespace(

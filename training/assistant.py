@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from training.distill import begin, device_of, trainer_of
-from training.lesson import SETTINGS_FILE, Request, prepare, settings_of
+from training.distill import device_of, trainer_of
+from training.lesson import prepare
 from training.progress import Progress
+from training.request import SETTINGS_FILE, Request, begin, settings_of
 from training.trainer import Listener, put_weights, save_whole
 
 ASSISTANT_FILE = "assistant.safetensors"

@@ -35,12 +35,12 @@ from student import Student
 from student.labels import audioset_labels
 from training.assistant import train_assistant
 from training.attribution import attributions
-from training.clips import Split
 from training.corpus import PERMISSIVE, corpus_clips
-from training.distill import SETTINGS_FILE, Request, distill
+from training.distill import distill
 from training.model_card import Data, ModelCard, write_model_card
 from training.presets import Consistent
 from training.progress import Progress
+from training.request import SETTINGS_FILE, Request, Split
 from training.sounds import SAMPLE_RATE, SOUNDS, synthesise
 from transforms.chunk import cut_chunks
 from transforms.decode import AudioDecoder

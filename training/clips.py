@@ -24,6 +24,7 @@ from evaluation.truth import Truth, known_names, parse_labels, resolve
 from student.features import FRAME_SAMPLES, FeatureSpec
 from student.labels import Label
 from training.presets import Recipe
+from training.request import Split
 from transforms.decode import AudioDecoder
 from transforms.read import read_clips
 from transforms.records import ClipError, EncodedClip, Shard, unique
@@ -33,35 +34,13 @@ from transforms.storage import DEFAULT_ACCESS, Access, forget_clients
 MAX_CLIP_S = 30.0
 
 _SHUFFLED_CLIPS = 256  # of a stream, held decoded by each worker: 82 MB of 10 s
-HASH = NAME_KINDS.index("audio_xxh128")  # where the names of a clip have its hash
+# Where the names of a clip have its hash and its member.
+HASH, MEMBER = NAME_KINDS.index("audio_xxh128"), NAME_KINDS.index("member")
 _CACHED_AT_ONCE = 64  # clips: 10 s of int16 each are 20 MB
 
 
 class ClipsError(ValueError):
     """There is nothing to learn from; the message says what was looked for and found."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which clips are kept for validation: nothing is learned from them.
-
-    Clips whose `group_by` is the same go to the same side; without one, a clip is by itself.
-    A clip that has `hold_out`'s field goes where its value says; the share is for the others.
-    """
-
-    share: float = 0.1
-    group_by: str | None = None  # a field of the clips' metadata
-    hold_out: tuple[str, str] | None = None  # a field, and the value of the clips that are held out
-
-    def is_held_out(self, member: str, metadata: Mapping[str, Any]) -> bool:
-        """Whether a clip is for validation; wherever its shard lies, and whatever else is there."""
-        if self.hold_out is not None:
-            name, value = self.hold_out
-            if metadata.get(name) is not None:
-                return str(metadata[name]) == value
-        group = metadata.get(self.group_by) if self.group_by else None
-        digest = hashlib.sha256(str(member if group is None else group).encode()).hexdigest()
-        return int(digest[:8], 16) / 2**32 < self.share
 
 
 @dataclass

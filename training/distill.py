@@ -34,33 +34,29 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
 from evaluation.metrics import card_metrics, field_metrics
+from evaluation.provenance import HELD_OUT_FILE, LEARNED_FILE, held_out_csv, write_learned
 from evaluation.thresholds import FEWEST_POSITIVES, fit_thresholds
 from student.checkpoint import DEFAULT_THRESHOLD, read_checkpoint
 from student.features import FeatureSpec
 from student.labels import Label
 from student.model import DeviceError, choose_device
-from training.clips import (
-    HASH,
-    Batches,
-    CachedClips,
-    audio_s_of,
-)
+from training.clips import HASH, MEMBER, Batches, CachedClips, ClipTable, audio_s_of
 from training.curves import Row, draw_curves, write_metrics_csv
-from training.lesson import (
-    CACHE_FOLDER,
-    OWN,
-    SETTINGS_FILE,
-    DistillError,
-    Lesson,
-    Request,
-    layers_of_student,
-    prepare,
-    settings_of,
-)
+from training.lesson import OWN, Lesson, layers_of_student, prepare
 from training.model_card import Data, Evaluation, ModelCard, model_facts, write_model_card
 from training.presets import as_settings
+from training.request import (
+    CACHE_FOLDER,
+    CHECKPOINTS_FOLDER,
+    SETTINGS_FILE,
+    STATE_FILE,
+    Request,
+    begin,
+    epoch_of,
+    is_first_process,
+    settings_of,
+)
 from training.trainer import (
-    AVERAGE_FILE,
     BEST_FILE,
     DistillationTrainer,
     Judged,
@@ -72,6 +68,7 @@ from training.trainer import (
     WeightAverage,
     put_weights,
 )
+from transforms.records import Shard
 
 THRESHOLDS_FILE = "thresholds.json"
 METRICS_FILE = "metrics.csv"
@@ -122,6 +119,10 @@ def distill(
     torch.manual_seed(request.recipe.seed)
     device = device_of(request, say)
     resumed_from = begin(request)
+    if resumed_from is not None:
+        say(f"Going on after epoch {epoch_of(resumed_from):g} of {request.recipe.epochs:g}")
+    elif request.resume:
+        say("No epoch had been judged, so nothing was kept: this run begins at the start")
     try:
         lesson = prepare(request, device, say)
         if not lesson.validation.truth.any():
@@ -132,11 +133,16 @@ def distill(
             )
         if lesson.learned_before:
             say(lesson.learned_before)
+        if first and resumed_from is None:
+            # Of a run that was killed while it wrote one: under other settings it may seem whole.
+            shutil.rmtree(output / CHECKPOINTS_FOLDER, ignore_errors=True)
         trainer = trainer_of(request, lesson, device, resumed_from, callbacks)
         if first and resumed_from is None:
             output.mkdir(parents=True, exist_ok=True)
             settings = json.dumps(settings_of(request), indent=2)
             (output / SETTINGS_FILE).write_text(settings + "\n", "utf-8")
+        if first:
+            write_sides(request, lesson)
         trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
         if trainer.unheard:
             lesson.found.skipped["undecodable, or too long or short"] += len(trainer.unheard)
@@ -196,7 +202,7 @@ def keep(
     output, student, validation = request.output, lesson.student, lesson.validation
     # Without the wrapper of mixed precision that training put around it.
     trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    best = output / "checkpoints" / BEST_FILE
+    best = output / CHECKPOINTS_FOLDER / BEST_FILE
     if request.recipe.early_stop_epochs and best.exists():
         put_weights(student, load_file(best))
     elif trainer.average:
@@ -212,7 +218,6 @@ def keep(
     train_clips = len(lesson.train_set) - len(trainer.unheard)  # type: ignore[arg-type]
     card = card_of(request, lesson, trainer, epochs, judged, theirs, train_clips)
     if first:
-        trainer.state.save_to_json(str(output / "trainer_state.json"))
         weights_sha256 = read_checkpoint(str(output)).weights_sha256
         fitted = thresholds_of(validation, judged, lesson.labels, weights_sha256)
         if fitted is None:
@@ -229,6 +234,7 @@ def keep(
         if epochs:
             write_metrics_csv(output / METRICS_FILE, epochs)
             draw_curves(epochs, output / CURVES_FILE, request.title or output.name)
+        trainer.state.save_to_json(str(output / STATE_FILE))  # last: now it is finished
     return Distilled(
         output,
         judged,
@@ -242,79 +248,6 @@ def keep(
 
 
 # ------------------------------------------------------------------ the beginning
-
-
-def begin(request: Request) -> Path | None:
-    """Checks the request against itself and against what the output holds.
-
-    Returns:
-        The checkpoint to go on from; None at the start.
-
-    Raises:
-        DistillError: see `distill`.
-    """
-    if not request.teacher and not request.teacher_scores:
-        raise DistillError(
-            "there is nothing to learn from: name a teacher with --teacher CHECKPOINT, or stored "
-            "scores with --teacher-scores OUTPUT"
-        )
-    if request.fresh is None and not request.teacher and not request.student:
-        raise DistillError(
-            "stored scores have no layers to begin with: give --teacher CHECKPOINT for them, "
-            "--student CHECKPOINT for one that learns on, or --fresh for one that has learned nothing"
-        )
-    if request.assistant is not None and not request.teacher_scores:
-        raise DistillError("an assistant runs along beside stored scores, and there are none")
-    if request.fresh is not None and request.student:
-        raise DistillError("--fresh begins with nothing, --student with a checkpoint: give one")
-    for name, usual in (("balance", 0.0), ("labelled_weight", 1.0)):
-        value = getattr(request.recipe, name)
-        if value != usual and request.cache is None:
-            raise DistillError(
-                f"{name} is {value:g}, but a stream is drawn in its own order: give --cache"
-            )
-    if request.output.exists() and not request.output.is_dir():
-        raise DistillError(f"--output {str(request.output)!r} is a file; expected a folder")
-    asked = settings_of(request)
-    file = request.output / SETTINGS_FILE
-    checkpoints = sorted(
-        (request.output / "checkpoints").glob("checkpoint-*"),
-        key=lambda folder: int(folder.name.rpartition("-")[2]),
-    )
-    if not request.resume:
-        if not is_first_process():  # the first one looks, and begins
-            return None
-        # What was begun and has learned nothing that is kept may be begun anew, otherwise.
-        nothing_kept = file.exists() and not checkpoints
-        # Another process may already read the held-out clips; so may one have that was killed.
-        held = set(os.listdir(request.output)) if request.output.is_dir() else set()
-        if held - {CACHE_FOLDER} and not nothing_kept:
-            raise DistillError(
-                f"--output {str(request.output)!r} is not empty: choose another, or go on with --resume"
-            )
-        return None
-    if not file.exists():
-        raise DistillError(
-            f"--resume: {str(request.output)!r} holds no {SETTINGS_FILE}; nothing was begun there"
-        )
-    begun = json.loads(file.read_text("utf-8"))
-    before, now = ({**settings, **settings["recipe"]} for settings in (begun, asked))
-    for name in now:
-        if name not in before:
-            continue  # a setting that there was not when the run was begun
-        if name == "processes" and before[name] != now[name]:
-            raise DistillError(
-                f"--resume: --workers and processes were {before[name]}, are {now[name]}; who reads "
-                "a stream decides its order, so a run goes on with as many"
-            )
-        if name != "recipe" and before[name] != now[name]:
-            raise DistillError(
-                f"--resume: {name} was {before[name]!r}, is {now[name]!r}; a run goes on with "
-                "the settings that it was begun with"
-            )
-    needed = ["trainer_state.json"] + ([AVERAGE_FILE] if request.recipe.average_decay else [])
-    whole = [c for c in checkpoints if all((c / name).exists() for name in needed)]
-    return whole[-1] if whole else None
 
 
 def device_of(request: Request, say: Callable[[str], None]) -> torch.device:
@@ -339,11 +272,6 @@ def device_of(request: Request, say: Callable[[str], None]) -> torch.device:
                 "pipeline distill ..."
             )
     return device
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that writes, of those that `accelerate launch` starts."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _in_silence(line: str) -> None:
@@ -375,7 +303,7 @@ def training_arguments(
     # as many batches as full ones would be: what is left over then must be little.
     at_most = max(1, train_clips // (20 * recipe.batch)) if request.cache is None else math.inf
     arguments = TrainingArguments(
-        output_dir=str(request.output / "checkpoints"),
+        output_dir=str(request.output / CHECKPOINTS_FOLDER),
         per_device_train_batch_size=recipe.batch,
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate,
@@ -465,8 +393,30 @@ def thresholds_of(
         groups=table.groups,
         hashes=[next(iter(names[HASH]), None) for names in table.names],
         weights_sha256=weights_sha256,
+        truth_name=f"held-out clips; true is: {validation.truth_is}",
+        clip_ids=table.ids,
     )
     return fitted.to_json()
+
+
+def write_sides(request: Request, lesson: Lesson) -> None:
+    """Lists the clips that are learned from, and those held out that can be heard: who did which.
+
+    Once, before the training: a student that was stopped may be evaluated too.
+    """
+    validation, shards = lesson.validation, request.shards
+    judging = validation.table.take(validation.cached["row"])
+    held_out = _rows_of(judging, request.validation_shards or shards)
+    (request.output / HELD_OUT_FILE).write_text(held_out_csv(held_out), "utf-8")
+    write_learned(request.output / LEARNED_FILE, _rows_of(lesson.found.train, shards))
+
+
+def _rows_of(table: ClipTable, shards: Sequence[Shard]) -> list[tuple[str, str, str, str]]:
+    """Rows of `evaluation.provenance.COLUMNS`."""
+    return [
+        (clip_id, next(iter(names[MEMBER])), next(iter(names[HASH]), ""), shards[place].uri)
+        for clip_id, names, place in zip(table.ids, table.names, table.shards, strict=True)
+    ]
 
 
 def card_of(

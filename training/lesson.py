@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -27,7 +25,6 @@ from training.clips import (
     ClipsError,
     ClipTable,
     Found,
-    Split,
     StreamedClips,
     Wanted,
     audible,
@@ -38,78 +35,24 @@ from training.clips import (
     join_truth,
 )
 from training.initialise import MULTI_LABEL, evenly_spread, fresh_student, student_from_teacher
-from training.presets import Recipe, as_settings
+from training.presets import Recipe
+from training.request import (
+    CACHE_FOLDER,
+    SETTINGS_FILE,
+    DistillError,
+    Request,
+    Split,
+    settings_of,
+)
 from training.trainer import Listener, Validation, scores_of
 from transforms.checkpoint import local_checkpoint
-from transforms.records import Shard
-from transforms.storage import DEFAULT_ACCESS, Access
+from transforms.storage import Access
 
-SETTINGS_FILE = "distill.json"  # in a student's folder: what was asked for
-CACHE_FOLDER = "cache"  # of the held-out clips, where the user keeps none
 OWN = "the clips' own labels"
 
 # That judge at most: they are decoded beforehand (3 GB of 10 s), and scored at each judgement.
 MAX_HELD_OUT_CLIPS = 10_000
 _MEASURED_CLIPS = 1_000  # that a fresh student's features are normalised by
-
-
-class DistillError(ValueError):
-    """What was asked for cannot be done; the message says why and what to do instead."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to distil, from what, and where to; the recipe says how."""
-
-    output: Path
-    recipe: Recipe
-    preset: str
-    shards: Sequence[Shard]
-    data: str  # the data by the name that people know
-    split: Split = field(default_factory=Split)
-    validation_shards: Sequence[Shard] = ()  # none: the split's share of `shards`
-    validation_data: str | None = None  # those by name
-    teacher: str | None = None  # a checkpoint, run along where there are no stored scores
-    teacher_scores: Sequence[str] = ()  # outputs or Parquet files
-    fresh: Mapping[str, int] | None = None  # the shape of a student that has learned nothing
-    student: str | None = None  # a checkpoint that learns on, whole
-    assistant: Listener | None = None  # runs along beside stored scores
-    truth: str | None = None  # own labels: a file, or metadata:FIELD
-    cache: Path | None = None  # None: every epoch decodes anew
-    workers: int = 0
-    device: str = "auto"
-    max_steps: int | None = None
-    resume: bool = False
-    save_dtype: str = "float32"
-    licence: str | None = None  # of the student
-    data_licence: str | None = None
-    limit: int | None = None
-    title: str | None = None
-    access: Access = DEFAULT_ACCESS
-
-
-def settings_of(request: Request) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that it resumes."""
-    return {
-        "preset": request.preset,
-        "recipe": as_settings(request.recipe),
-        "shards": [shard.id for shard in request.shards],
-        "validation_shards": [shard.id for shard in request.validation_shards],
-        "split": [request.split.share, request.split.group_by, list(request.split.hold_out or ())],
-        "teacher": request.teacher,
-        "teacher_scores": list(request.teacher_scores),
-        "fresh": dict(request.fresh) if request.fresh is not None else None,
-        "student": request.student,
-        "assistant": request.assistant is not None,
-        "truth": request.truth,
-        "cached": request.cache is not None,
-        # Who reads a stream decides its order; a cache is drawn from by number.
-        "processes": None
-        if request.cache is not None
-        else [request.workers, int(os.environ.get("WORLD_SIZE", "1"))],
-        "max_steps": request.max_steps,
-        "limit": request.limit,
-    }
 
 
 @dataclass
@@ -334,6 +277,10 @@ def sides(
     if request.truth and request.truth.startswith("metadata:"):
         label_field = request.truth.partition(":")[2]
     at = {"label_field": label_field, "access": request.access}
+    truth: Truth | None = None
+    if request.truth and label_field is None:  # before all shards are gone through
+        named = sources[0] if sources else _labels_only(labels)
+        truth = read_truth(request.truth, named, request.access)
     split = request.split
     if request.validation_shards:
         split = Split(share=0.0, group_by=split.group_by)
@@ -377,10 +324,6 @@ def sides(
         drawn = np.random.default_rng(0).permutation(len(found.validation))[:MAX_HELD_OUT_CLIPS]
         found.validation = found.validation.take(sorted(drawn.tolist()))
     if request.truth:
-        truth: Truth | None = None
-        if label_field is None:
-            named = sources[0] if sources else _labels_only(labels)
-            truth = read_truth(request.truth, named, request.access)
         unknown = join_truth(found, labels, truth)
         own = sum(int(table.labelled.sum()) for table in (found.train, found.validation))
         if own == 0 and label_field is not None:

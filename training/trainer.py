@@ -25,9 +25,9 @@ from training.augment import Sounds, augment_sounds, disguise, draw_disguise
 from training.clips import ClipTable, Draws
 from training.losses import LOSSES
 from training.presets import Recipe
+from training.request import AVERAGE_FILE, CHECKPOINTS_FOLDER
 from transforms.chunk import cut_chunks
 
-AVERAGE_FILE = "average.safetensors"
 BEST_FILE = "best.safetensors"
 
 _JUDGED_AT_ONCE = 32  # clips
@@ -158,7 +158,7 @@ class KeepBest(TrainerCallback):
 
     def __init__(self, patience_epochs: int, every: int, output: Path) -> None:
         self._patience, self._every = patience_epochs, every
-        self._file = output / "checkpoints" / BEST_FILE
+        self._file = output / CHECKPOINTS_FOLDER / BEST_FILE
         self.trainer: DistillationTrainer | None = None  # whose weights are judged
 
     def on_evaluate(

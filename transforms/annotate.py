@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import apache_beam as beam
+import torch
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
 from student.checkpoint import CheckpointError
+from student.feature_spec import FeatureSpec
 from student.model import Student, devices_of
 from transforms.checkpoint import local_checkpoint
-from transforms.meter import NAMESPACE, Meter
+from transforms.claim import claim_number
+from transforms.decode import take_decode_s
+from transforms.decode_pool import DecodePool
+from transforms.meter import NAMESPACE, Meter, Stopwatch
 from transforms.output import Output, open_output
 from transforms.progress import ProgressFile
 from transforms.read import read_clips
 from transforms.readahead import read_ahead
-from transforms.records import ScoredClip, Shard, unique
+from transforms.records import (
+    Chunk,
+    ClipEnd,
+    EncodedClip,
+    ScoredClip,
+    Shard,
+    UnreadableClip,
+    unique,
+)
 from transforms.score import Pool, decode_clips, score_clips
 from transforms.storage import DEFAULT_ACCESS, Access
 from transforms.write import (
@@ -61,6 +77,8 @@ class Annotation:
     versions: tuple[tuple[str, str], ...] = ()  # (package, version) that launched, to compare
     access: Access = DEFAULT_ACCESS
     progress_folder: str | None = None  # where local workers leave their counts
+    worker_processes: int = 1  # of one machine, each of which takes a device of its own
+    decode_processes: int = 0  # of each worker thread; 0: it decodes in a thread beside it
 
 
 class AnnotateShards(beam.PTransform):
@@ -99,6 +117,13 @@ class _AnnotateShard(beam.DoFn):
         self._output = open_output(self._annotation.output, self._annotation.access, self._meter)
         self._progress = ProgressFile(self._annotation.progress_folder)
         self._reported_at = time.monotonic()
+        processes = self._annotation.decode_processes
+        self._pool = DecodePool(self._student.features, processes) if processes else None
+
+    def teardown(self) -> None:
+        """Ends the processes that decode."""
+        if getattr(self, "_pool", None) is not None:
+            self._pool.close()
 
     def process(self, shard: Shard) -> Iterator[ShardSummary]:
         """Annotates one shard."""
@@ -110,6 +135,7 @@ class _AnnotateShard(beam.DoFn):
             self._progress,
             self._meter,
             self._report,
+            self._pool,
         )
         self._report(now=True)
 
@@ -143,7 +169,7 @@ class Students:
 
     def __init__(self, annotation: Annotation) -> None:
         self._annotation = annotation
-        self._devices = itertools.cycle(devices_of(annotation.device))
+        self._devices = itertools.cycle(_devices_here(annotation))
         self._loaded: dict[str, Student] = {}
         self._lock = threading.Lock()
         self.waits = Waits()
@@ -164,6 +190,19 @@ class Students:
                 meter.observe("model_byte_size", student.size_bytes)
                 self._loaded[device] = student
             return self._loaded[device]
+
+
+def _devices_here(annotation: Annotation) -> list[str]:
+    """The devices of this process: all of the machine's, or its own where there are several
+    processes."""
+    processes = annotation.worker_processes
+    if processes == 1:
+        return devices_of(annotation.device)
+    number = claim_number(Path(annotation.progress_folder or gettempdir()), processes)
+    if annotation.device.startswith("cuda"):
+        return devices_of(f"cuda:{number}")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    return devices_of(annotation.device)
 
 
 class Waits:
@@ -248,6 +287,7 @@ def annotate_shard(
     progress: ProgressFile,
     meter: Meter,
     report: Callable[[], None] = lambda: None,
+    pool: DecodePool | None = None,
 ) -> ShardSummary:
     """Reads, decodes, scores and writes one shard, as one stream.
 
@@ -262,6 +302,7 @@ def annotate_shard(
         progress: shows how far a local run is.
         meter: counts what `transforms.meter` names.
         report: called after each clip, in this thread.
+        pool: decodes in processes; without it a thread does.
 
     Raises:
         OSError: the shard cannot be read or its file not be written; then no file
@@ -274,19 +315,21 @@ def annotate_shard(
         return read_summary(output, name)[0]
     # Where a clip takes the whole process down, this line is what names its shard.
     logger.info("begins %s", shard.uri)
-    started = time.monotonic()
+    watches = _Watches()
     options = annotation.rows
     clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
     ahead = _BATCHES_AHEAD * student.max_batch
-    decoded = read_ahead(decode_clips(clips, student.features), ahead, meter)
+    decoded = read_ahead(_decoded(clips, student.features, watches, pool), ahead, meter)
     scored = score_clips(
-        decoded,
+        watches.audio.making(decoded),
         student,
         annotation.pool,
         keep_chunks=options.chunks,
         keep_embeddings=options.embeddings,
         meter=meter,
     )
+    scored = watches.scoring.making(scored)
+    writing_since = time.perf_counter()
     summary, size_bytes = write_rows(
         _rows(_counted(scored, progress, meter, report), shard, student, options),
         clips_schema(len(student.labels), student.embedding_size, options),
@@ -295,15 +338,61 @@ def annotate_shard(
         annotation.run,
         before_publishing=lambda: check_claim(output, annotation.run),
     )
+    write_s = time.perf_counter() - writing_since - watches.scoring.seconds
     meter.add("shards")
     meter.add("audio_seconds", round(summary.audio_s))
     meter.add("bytes_written", size_bytes)
     meter.add("shards_published_by_another", size_bytes == 0)
     meter.add("batch_halvings", student.take_halvings())
-    meter.observe("shard_msec", 1_000 * (time.monotonic() - started))
+    watches.tell(meter, student.take_stage_s() | {"write": write_s})
     progress.counts.shards += 1
     progress.write(now=True)
     return summary
+
+
+class _Watches:
+    """Where the time of a shard goes, on its decoding side and on its model's side."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self.reading = Stopwatch()
+        self.decoding = Stopwatch()  # reading included
+        self.decoders_s: dict[str, float] = {}  # of `take_decode_s`
+        self.audio = Stopwatch()  # the model's side, waiting for decoded audio
+        self.scoring = Stopwatch()  # that included, and the model
+
+    def tell(self, meter: Meter, model_side_s: dict[str, float]) -> None:
+        """Observes the stages of a shard that is done, in microseconds.
+
+        Args:
+            meter: observes.
+            model_side_s: seconds of "features", "transfer", "model" and "write".
+        """
+        shard_s = time.perf_counter() - self._since
+        stages_s = {**self.decoders_s, **model_side_s}
+        stages_s["read"] = stages_s.get("read", 0.0) + self.reading.seconds
+        stages_s["decoding_idle"] = max(0.0, shard_s - self.decoding.seconds)
+        stages_s["model_idle"] = self.audio.seconds
+        for stage, seconds in stages_s.items():
+            meter.observe(f"{stage}_usec", 1e6 * seconds)
+        meter.observe("shard_msec", 1e3 * shard_s)
+
+
+def _decoded(
+    clips: Iterable[EncodedClip | UnreadableClip],
+    features: FeatureSpec,
+    watches: _Watches,
+    pool: DecodePool | None,
+) -> Iterator[Chunk | ClipEnd]:
+    """Chunks and clips, for the decoding thread: its stages are in `watches` once it ends."""
+    reading = watches.reading.making(clips)
+    decoded = decode_clips(reading, features) if pool is None else pool.decode(reading)
+    take_s = take_decode_s if pool is None else pool.take_decode_s
+    take_s()
+    try:
+        yield from watches.decoding.making(decoded)
+    finally:
+        watches.decoders_s = take_s()
 
 
 def _rows(

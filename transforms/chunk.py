@@ -19,7 +19,8 @@ def cut_chunks(
     overlaps the one before it, so that no padding is ever scored.
 
     Args:
-        blocks: float32 [any number of samples] each, in order, at `sample_rate` Hz.
+        blocks: float32 [any number of samples] each, in order, at `sample_rate` Hz. They are
+            kept, so nothing may be written into them later.
         chunk_samples: length of a chunk.
     """
 
@@ -27,14 +28,18 @@ def cut_chunks(
         return Chunk((end - len(waveform)) / sample_rate, end / sample_rate, waveform)
 
     previous = np.zeros(0, np.float32)  # the last full chunk, for the overlap
-    pending = np.zeros(0, np.float32)
-    end = 0  # samples in the chunks so far
+    pending: list[NDArray[np.float32]] = []
+    waiting = end = 0  # samples in `pending`, and in the chunks so far
     for block in blocks:
-        pending = np.concatenate([pending, block])
-        while len(pending) >= chunk_samples:
-            previous, pending = pending[:chunk_samples], pending[chunk_samples:]
-            end += chunk_samples
-            yield chunk(end, previous)
-    if len(pending):
-        whole = np.concatenate([previous, pending])[-chunk_samples:]
-        yield chunk(end + len(pending), whole)
+        pending.append(block)
+        waiting += len(block)
+        if waiting >= chunk_samples:  # joined only now: at each block it takes 20 times as long
+            whole = np.concatenate(pending)
+            while len(whole) >= chunk_samples:
+                previous, whole = whole[:chunk_samples], whole[chunk_samples:]
+                end += chunk_samples
+                yield chunk(end, previous)
+            pending, waiting = [whole], len(whole)
+    if waiting:
+        whole = np.concatenate([previous, *pending])[-chunk_samples:]
+        yield chunk(end + waiting, whole)

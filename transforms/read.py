@@ -358,7 +358,8 @@ def is_damage(error: Exception) -> bool:
 def _read_parquet(stream: BinaryIO, row_groups: tuple[int, int] | None) -> Clips:
     """Clips row by row. A damaged row group is one `UnreadableClip`; the next ones are read."""
     try:
-        parquet = pq.ParquetFile(stream)
+        # Arrow's threads must not hold a Python file: one could abort the process as it ends.
+        parquet = pq.ParquetFile(stream, pre_buffer=False)
         column = audio_column(parquet.schema_arrow)
         if column is None:
             raise pa.ArrowInvalid("it has no audio column")
@@ -372,7 +373,9 @@ def _read_parquet(stream: BinaryIO, row_groups: tuple[int, int] | None) -> Clips
     for group in range(first, end):
         row = sum(rows[:group])
         try:
-            for batch in parquet.iter_batches(batch_size=_PARQUET_ROWS, row_groups=[group]):
+            for batch in parquet.iter_batches(
+                batch_size=_PARQUET_ROWS, row_groups=[group], use_threads=False
+            ):
                 for position in range(batch.num_rows):
                     yield _parquet_clip(row, batch, position, column)
                     row += 1
@@ -448,12 +451,19 @@ def _seekable(stream: BinaryIO) -> tuple[BinaryIO, str, int]:
 
 
 def _spool(stream: BinaryIO) -> tuple[BinaryIO, str, int]:
-    """(a seekable copy at its start, xxh128, bytes); large ones go to a temporary file."""
+    """(a seekable copy at its start, xxh128, bytes); large ones go to a temporary file.
+
+    Not a `SpooledTemporaryFile`, whose methods are Python's: a decoder asks a dozen times a clip.
+    """
     digest, size = xxhash.xxh128(), 0
-    copy = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # noqa: SIM115
+    copy: BinaryIO = io.BytesIO()
     while block := stream.read(_BLOCK_BYTES):
         digest.update(block)
+        if size <= _IN_MEMORY_BYTES < size + len(block):
+            with cast(io.BytesIO, copy) as small:
+                copy = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
+                copy.write(small.getbuffer())
         size += len(block)
         copy.write(block)
     copy.seek(0)
-    return cast(BinaryIO, copy), digest.hexdigest(), size
+    return copy, digest.hexdigest(), size

@@ -71,7 +71,9 @@ def retag_file(
     after = ShardSummary(before.clips, before.failed, before.audio_s, before.failures)
     with contextlib.ExitStack() as opened:
         with _readable(place):
-            file = opened.enter_context(pq.ParquetFile(opened.enter_context(source.open(name))))
+            file = opened.enter_context(
+                pq.ParquetFile(opened.enter_context(source.open(name)), pre_buffer=False)
+            )
         schema = file.schema_arrow.remove_metadata()
         check_columns(schema, labels, options, place)
         with output.scratch(name) as scratch:
@@ -83,7 +85,7 @@ def retag_file(
                 others = [name for name in schema.names if name != "tags"]
                 for group in range(file.num_row_groups):
                     with _readable(place):
-                        table = file.read_row_group(group, others)
+                        table = file.read_row_group(group, others, use_threads=False)
                     tags = _tags(table["scores"], labels, options, after, schema.field(at).type)
                     writer.write_table(table.add_column(at, schema.field(at), tags))
                 writer.add_key_value_metadata(

@@ -1,80 +1,24 @@
-"""Turns encoded clips into scored clips: decode, chunk, score, pool."""
+"""Turns decoded clips into scored clips: score each chunk, pool."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from student.features import FRAME_SAMPLES, FeatureSpec
-from student.model import Student
-from transforms.chunk import cut_chunks
-from transforms.decode import AudioDecoder
+from student.model import Result, Student
+from transforms.decode_clip import decode_clips as decode_clips
 from transforms.meter import Meter
-from transforms.records import (
-    Chunk,
-    ClipEnd,
-    ClipError,
-    EncodedClip,
-    ScoredClip,
-    UnreadableClip,
-)
+from transforms.records import Chunk, ClipEnd, ScoredClip
 
 Pool = Literal["max", "mean"]
 
 _CLIPS_AT_ONCE = 1_024  # so that a run of failed clips, which have no chunks, is written too
-
-
-def decode_clips(
-    clips: Iterable[EncodedClip | UnreadableClip], features: FeatureSpec
-) -> Iterator[Chunk | ClipEnd]:
-    """Yields the chunks of each clip, then its `ClipEnd`, clip after clip.
-
-    A clip that cannot be decoded ends with its error; chunks that came before the
-    fault do not count.
-    """
-    for clip in clips:
-        if isinstance(clip, UnreadableClip):
-            yield ClipEnd(clip.member, 0, None, clip.metadata, error=clip.error)
-        else:
-            yield from _decode_clip(clip, features)
-
-
-def _decode_clip(clip: EncodedClip, features: FeatureSpec) -> Iterator[Chunk | ClipEnd]:
-    decoder, error, samples = AudioDecoder(clip.audio), None, 0
-    try:
-        blocks = decoder.mono(features.sample_rate)
-        for chunk in cut_chunks(blocks, features.chunk_samples, features.sample_rate):
-            samples += len(chunk.waveform)
-            if samples >= FRAME_SAMPLES:
-                yield chunk
-        if samples < FRAME_SAMPLES:
-            raise ClipError(
-                "decode",
-                "TooShort",
-                f"{samples} samples at {features.sample_rate} Hz are less than one analysis "
-                f"frame of {FRAME_SAMPLES}",
-            )
-    except ClipError as fault:
-        error = fault
-    facts = decoder.facts
-    whole = error is None or error.type == "TooShort"
-    yield ClipEnd(
-        member=clip.member,
-        size_bytes=clip.size_bytes,
-        xxh128=clip.xxh128,
-        metadata=clip.metadata,
-        codec=facts.codec if facts else None,
-        sample_rate=facts.sample_rate if facts else None,
-        channels=facts.channels if facts else None,
-        duration_s=facts.duration_s if facts and whole else None,
-        peak_dbfs=facts.peak_dbfs if facts and whole else None,
-        rms_dbfs=facts.rms_dbfs if facts and whole else None,
-        error=error,
-    )
 
 
 def score_clips(
@@ -100,43 +44,65 @@ def score_clips(
         meter: counts chunks and observes each batch.
     """
     pooled = _Pooled(pool, keep_chunks)
+    begun: deque[_Begun] = deque()
+    for events in _batches(decoded, student.max_batch):
+        begun.append(_begin(events, student))
+        # A GPU computes this one while the rows of the one before are written.
+        if len(begun) == student.under_way:
+            yield from _finish(begun.popleft(), pooled, keep_embeddings, meter)
+    while begun:
+        yield from _finish(begun.popleft(), pooled, keep_embeddings, meter)
+
+
+def _batches(decoded: Iterable[Chunk | ClipEnd], max_batch: int) -> Iterator[list[Chunk | ClipEnd]]:
+    """Events in order, with `max_batch` chunks at a time."""
     waiting: list[Chunk | ClipEnd] = []
     chunks = 0
     for event in decoded:
         waiting.append(event)
         chunks += isinstance(event, Chunk)
-        if chunks == student.max_batch or len(waiting) - chunks >= _CLIPS_AT_ONCE:
-            yield from _score_waiting(waiting, student, pooled, keep_embeddings, meter)
+        if chunks == max_batch or len(waiting) - chunks >= _CLIPS_AT_ONCE:
+            yield waiting
             waiting, chunks = [], 0
-    yield from _score_waiting(waiting, student, pooled, keep_embeddings, meter)
+    yield waiting
 
 
-def _score_waiting(
-    waiting: list[Chunk | ClipEnd],
-    student: Student,
-    pooled: _Pooled,
-    keep_embeddings: bool,
-    meter: Meter | None,
-) -> Iterator[ScoredClip]:
-    waveforms = [event.waveform for event in waiting if isinstance(event, Chunk)]
+@dataclass(frozen=True)
+class _Begun:
+    """A batch that the student is at."""
+
+    events: list[Chunk | ClipEnd]
+    chunks: int
+    size_bytes: int  # of the waveforms
+    result: Result | None  # None where no event is a chunk
+    at: float  # time.perf_counter
+
+
+def _begin(events: list[Chunk | ClipEnd], student: Student) -> _Begun:
     started = time.perf_counter()
-    embeddings: Iterator[NDArray[np.float32] | None]
-    if not waveforms:
-        scores, embeddings = iter(()), iter(())
-    elif keep_embeddings:
-        matrix, vectors = student.score(waveforms, embeddings=True)
+    waveforms = [event.waveform for event in events if isinstance(event, Chunk)]
+    result = student.begin(waveforms) if waveforms else None
+    return _Begun(events, len(waveforms), sum(w.nbytes for w in waveforms), result, started)
+
+
+def _finish(
+    begun: _Begun, pooled: _Pooled, keep_embeddings: bool, meter: Meter | None
+) -> Iterator[ScoredClip]:
+    scores: Iterator[NDArray[np.float32]] = iter(())
+    embeddings: Iterator[NDArray[np.float32]] = iter(())
+    if begun.result is not None:
+        matrix, vectors = begun.result()
         scores, embeddings = iter(matrix), iter(vectors)
-    else:
-        scores, embeddings = iter(student.score(waveforms)), iter([None] * len(waveforms))
-    if meter is not None and waveforms:
-        latency_s = time.perf_counter() - started
-        meter.add("num_inferences", len(waveforms))
-        meter.observe("inference_batch_latency_micro_secs", 1e6 * latency_s)
-        meter.observe("inference_request_batch_size", len(waveforms))
-        meter.observe("inference_request_batch_byte_size", sum(w.nbytes for w in waveforms))
-    for event in waiting:
+        if meter is not None:
+            latency_s = time.perf_counter() - begun.at
+            meter.add("num_inferences", begun.chunks)
+            meter.observe("inference_batch_latency_micro_secs", 1e6 * latency_s)
+            meter.observe("inference_request_batch_size", begun.chunks)
+            meter.observe("inference_request_batch_byte_size", begun.size_bytes)
+    for event in begun.events:
         if isinstance(event, Chunk):
-            pooled.add(event, next(scores), next(embeddings))
+            embedding = next(embeddings)
+            pooled.add(event, next(scores), embedding if keep_embeddings else None)
         else:
             yield pooled.finish(event)
 

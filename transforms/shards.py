@@ -329,7 +329,7 @@ def _parquet_shards(whole: Shard, *, must_have_audio: bool, access: Access) -> I
     size = whole.size_bytes
     try:
         with open_shard(whole, access) as stream:
-            parquet = pq.ParquetFile(stream)
+            parquet = pq.ParquetFile(stream, pre_buffer=False)
             schema, footer = parquet.schema_arrow, parquet.metadata
     except (pa.ArrowException, OSError) as error:
         if not is_damage(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections import Counter
@@ -137,10 +138,11 @@ def tags_of(
 ) -> list[dict[str, Any]]:
     """The labels whose score reaches their threshold, highest first, at most `top_k`."""
     # The score as it is stored decides, so that the table agrees with itself.
-    stored = scores.astype(options.score_type).astype(np.float32)
-    # NumPy makes NaN of None, which no score reaches.
-    reached = np.flatnonzero(stored >= np.asarray(options.thresholds, np.float32))
-    best = reached[np.argsort(-stored[reached], kind="stable")][: options.top_k]
+    stored = scores
+    if options.score_type != "float32":
+        stored = scores.astype(options.score_type).astype(np.float32)
+    reached = (stored >= _as_array(options.thresholds)).nonzero()[0]
+    best = reached[np.argsort(-stored[reached], kind="stable")][: options.top_k].tolist()
     return [
         {
             "index": label.index,
@@ -150,6 +152,12 @@ def tags_of(
         }
         for label in (labels[index] for index in best)
     ]
+
+
+@functools.lru_cache(maxsize=4)
+def _as_array(thresholds: tuple[float | None, ...]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """float32 [labels]; NumPy makes NaN of None, which no score reaches."""
+    return np.asarray(thresholds, np.float32)
 
 
 def rows_to_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
