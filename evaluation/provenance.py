@@ -23,7 +23,12 @@ import pyarrow.parquet as pq
 
 from evaluation.scores import Source, open_parquet
 from student import BUNDLED
-from student.checkpoint import BUNDLED_DIRECTORY, CheckpointError, parse_thresholds
+from student.checkpoint import (
+    BUNDLED_DIRECTORY,
+    CheckpointError,
+    parse_thresholds,
+    read_checkpoint,
+)
 from transforms.storage import is_local
 
 # In a student's folder: what judged it (few, for `--only`), and what it learned from.
@@ -112,6 +117,15 @@ def _folder(run: dict[str, Any]) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def _made(folder: Path, run: dict[str, Any]) -> bool:
+    """Whether the checkpoint in `folder` is still the one that made an output."""
+    try:
+        found = read_checkpoint(str(folder)).weights_sha256
+    except CheckpointError:
+        return False
+    return bool(found == run.get("checkpoint", {}).get("weights_sha256"))
+
+
 def learned_from(
     source: Source, clip_ids: Sequence[str], hashes: Sequence[str | None]
 ) -> Before | None:
@@ -122,10 +136,11 @@ def learned_from(
         clip_ids, hashes: of the clips that are judged.
 
     Returns:
-        None where nothing is known, or none of them is among those.
+        None where nothing is known, the folder holds another student by now, or none of them is
+        among those.
     """
     folder = _folder(source.run)
-    if folder is None or not (folder / LEARNED_FILE).is_file():
+    if folder is None or not (folder / LEARNED_FILE).is_file() or not _made(folder, source.run):
         return None
     by_name: dict[str, str] = {}  # clip_id -> its hash, empty where it is not known
     by_bytes: set[str] = set()
@@ -162,6 +177,15 @@ def held_out_csv(rows: Sequence[Sequence[str]]) -> str:
     writer.writerow(COLUMNS)
     writer.writerows(rows)
     return text.getvalue()
+
+
+def read_learned(file: Path) -> list[tuple[str, ...]]:
+    """The rows of a `LEARNED_FILE`; none where there is none."""
+    if not file.is_file():
+        return []
+    with file.open("rb") as stream, open_parquet(stream) as parquet:
+        table = parquet.read(list(COLUMNS), use_threads=False)
+    return list(zip(*(table[name].to_pylist() for name in COLUMNS), strict=True))
 
 
 def write_learned(file: Path, rows: Sequence[Sequence[str]]) -> None:

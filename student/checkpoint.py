@@ -21,7 +21,7 @@ from student import BUNDLED
 from student.labels import Label, checkpoint_labels
 
 if TYPE_CHECKING:  # loads torch, which who only wants thresholds does not need
-    from student.features import FeatureSpec
+    from student.feature_spec import FeatureSpec
 
 BUNDLED_DIRECTORY = Path(__file__).parent / "bundled"
 MODEL_TYPE = "audio-spectrogram-transformer"
@@ -77,7 +77,7 @@ def read_checkpoint(checkpoint: str) -> Checkpoint:
     Raises:
         CheckpointError: it is not there, or not an AST classifier's.
     """
-    from student.features import FeatureSpec
+    from student.feature_spec import FeatureSpec
 
     directory = find_checkpoint(checkpoint)
     config = read_json(directory / "config.json")

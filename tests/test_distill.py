@@ -34,6 +34,7 @@ from transformers import pipeline as transformers_pipeline
 
 from bench.stand_ins import CloudStorage
 from evaluation import thresholds
+from evaluation.provenance import LEARNED_FILE, read_learned
 from pipeline.cli import cli
 from student import DeviceError, Student
 from student.checkpoint import read_checkpoint
@@ -338,6 +339,9 @@ def test_a_student_learns_on_whole(made, tars, annotated, tmp_path, monkeypatch)
     assert (tmp_path / "on" / facts).read_text() == (folder / facts).read_text()
     card = (tmp_path / "on" / "README.md").read_text()
     assert "It learned on from the weights of student." in card and str(folder) not in card
+    # What it had learned from before counts.
+    was, learned = (read_learned(place / LEARNED_FILE) for place in (folder, tmp_path / "on"))
+    assert was and set(was) <= set(learned)
     # So few held-out clips choose no thresholds, and that is said.
     assert not (tmp_path / "on" / "thresholds.json").exists()
     assert "No thresholds.json" in said and "Tags come from 0.2" in said

@@ -9,6 +9,7 @@ import re
 import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ from evaluation.provenance import learned_from, write_learned
 from evaluation.scores import EvaluationError, names_of, open_source
 from evaluation.truth import Truth, read_truth, resolve
 from pipeline.cli import cli
+from student.checkpoint import read_checkpoint
 from student.labels import Label, audioset_labels
 
 NAMES = [label.name for label in audioset_labels()]
@@ -691,11 +693,13 @@ def test_thresholds_judged_on_the_clips_that_tuned_them_are_told(
     assert sentence not in run("retagged", *of)
 
 
-def test_clips_learned_from_are_known_by_their_bytes(output, tmp_path):
+def test_clips_learned_from_are_known_by_their_bytes(output, tiny_checkpoint, tmp_path):
     """Another corpus may have the same names."""
     rows = [("same", "same", "11", "s"), ("renamed", "renamed", "22", "s"), ("a", "a", "", "s")]
-    write_learned(tmp_path / "learned_from.parquet", rows)
-    source = replace(open_source(str(output)), run={"checkpoint": {"name": str(tmp_path)}})
+    student = Path(shutil.copytree(tiny_checkpoint, tmp_path / "student"))
+    write_learned(student / "learned_from.parquet", rows)
+    facts = {"name": str(student), "weights_sha256": read_checkpoint(str(student)).weights_sha256}
+    source = replace(open_source(str(output)), run={"checkpoint": facts})
 
     def clips(clip_id, of_bytes):
         before = learned_from(source, [clip_id], [of_bytes])
@@ -704,6 +708,9 @@ def test_clips_learned_from_are_known_by_their_bytes(output, tmp_path):
     assert clips("same", "11") == clips("same", None) == clips("other", "22") == 1
     assert clips("a", "33") == 1  # of which the bytes were not known
     assert clips("same", "33") == clips("other", None) == clips("other", "33") == 0
+    # Another student in its folder by now.
+    source = replace(source, run={"checkpoint": facts | {"weights_sha256": "0" * 64}})
+    assert clips("same", "11") == 0
 
 
 def test_what_was_tuned_is_of_the_clips_that_the_teacher_has_too(

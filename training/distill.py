@@ -34,7 +34,13 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
 from evaluation.metrics import card_metrics, field_metrics
-from evaluation.provenance import HELD_OUT_FILE, LEARNED_FILE, held_out_csv, write_learned
+from evaluation.provenance import (
+    HELD_OUT_FILE,
+    LEARNED_FILE,
+    held_out_csv,
+    read_learned,
+    write_learned,
+)
 from evaluation.thresholds import FEWEST_POSITIVES, fit_thresholds
 from student.checkpoint import DEFAULT_THRESHOLD, read_checkpoint
 from student.features import FeatureSpec
@@ -402,16 +408,21 @@ def thresholds_of(
 def write_sides(request: Request, lesson: Lesson) -> None:
     """Lists the clips that are learned from, and those held out that can be heard: who did which.
 
-    Once, before the training: a student that was stopped may be evaluated too.
+    Once, before the training: a student that was stopped may be evaluated too. What a student
+    that learns on had learned from before, it has learned from too.
     """
     validation, shards = lesson.validation, request.shards
     judging = validation.table.take(validation.cached["row"])
     held_out = _rows_of(judging, request.validation_shards or shards)
     (request.output / HELD_OUT_FILE).write_text(held_out_csv(held_out), "utf-8")
-    write_learned(request.output / LEARNED_FILE, _rows_of(lesson.found.train, shards))
+    learned = _rows_of(lesson.found.train, shards)
+    if request.student is not None:
+        before = read_learned(Path(request.student) / LEARNED_FILE)
+        learned = list(dict.fromkeys([*before, *learned]))
+    write_learned(request.output / LEARNED_FILE, learned)
 
 
-def _rows_of(table: ClipTable, shards: Sequence[Shard]) -> list[tuple[str, str, str, str]]:
+def _rows_of(table: ClipTable, shards: Sequence[Shard]) -> list[tuple[str, ...]]:
     """Rows of `evaluation.provenance.COLUMNS`."""
     return [
         (clip_id, next(iter(names[MEMBER])), next(iter(names[HASH]), ""), shards[place].uri)
