@@ -59,14 +59,14 @@ def cli() -> None:
     "--decode-processes",
     type=click.IntRange(0),
     metavar="N",
-    help="Processes that decode for each worker. [default: on a GPU of this machine its share of the cores, else 0: a thread decodes]",
+    help="Processes that decode for each worker thread. [default: on a GPU of this machine its share of the cores, else 0: a thread decodes]",
 )
 @click.option(
     "--dtype",
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "reduced", "float32", "bfloat16", "float16", "int8"]),
-    help="What the model computes in; auto is float32 on a CPU, and reduced the fastest that keeps scores within 0.01 on any device.",
+    help="What the model computes in; auto is float32 on a CPU, and reduced the fastest that is to keep scores within 0.01 on any device.",
 )
 @click.option(
     "--threshold",

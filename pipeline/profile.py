@@ -73,7 +73,8 @@ def profile_of(metrics: Mapping[str, Any], wall_s: float) -> dict[str, Any] | No
         `clips`, `shards`; `shards_s`: seconds of all shards, those at once counted each;
         `before`: of "list" and "load" (the slowest student) `s` and `share` of `wall_s` with
         the listing; for the sides "decoding" and "model" each stage's `s`, `share` of
-        `shards_s` (they add up to 1 a side) and `ms_per_clip`; `bottleneck`; `advice`, a
+        all seconds of its side (those of several processes, or of a GPU, may be more than
+        `shards_s`) and `ms_per_clip`; `bottleneck`; `advice`, a
         sentence. None where no shard was finished.
     """
     shards = metrics.get("shard_msec")
@@ -130,7 +131,7 @@ def _bottleneck(profile: Mapping[str, Any]) -> str:
     if profile["before"][slowest]["share"] >= 0.5:
         return str(slowest)
     # The side that waits less is the one that the other waits for.
-    side = min(SIDES, key=lambda side: profile[side]["idle"]["share"])
+    side = min(SIDES, key=lambda side: profile[side]["idle"]["s"])
     stages = {stage: of["share"] for stage, of in profile[side].items() if stage != "idle"}
     most = max(stages, key=lambda stage: stages[stage])
     return f"{side}_other" if most == "other" else most
@@ -147,7 +148,8 @@ def _advice(profile: Mapping[str, Any]) -> str:
     side = next(s for s in SIDES if bottleneck in (*SIDES[s][0], f"{s}_other"))
     stage = "other" if bottleneck.endswith("_other") else bottleneck
     share = profile[side][stage]["share"]
-    waits = profile["model" if side == "decoding" else "decoding"]["idle"]["share"]
+    other_idle_s = profile["model" if side == "decoding" else "decoding"]["idle"]["s"]
+    waits = other_idle_s / profile["shards_s"]
     return (
         f"{stage.capitalize()} takes {100 * share:.0f} % of the time on its side, and the other "
         f"side is idle for {100 * waits:.0f} %: {cause}; {cure}"

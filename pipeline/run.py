@@ -37,6 +37,7 @@ from pipeline.profile import profile_of
 from pipeline.thresholds import Thresholds, asked_thresholds
 from student import BUNDLED
 from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from student.engine import choose_kernel
 from student.model import DeviceError, choose_device, choose_dtype, devices_of, settle_dtype
 from transforms.annotate import AnnotateShards, Annotation
 from transforms.checkpoint import local_checkpoint
@@ -169,6 +170,12 @@ def prepare(options: AnnotateOptions) -> Job:
 
     notes = [*notes, *said]
     run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype)
+    if not remote and _runner_of(beam_options) not in _CLUSTERS:
+        dtype = getattr(torch, workers.dtype)
+        run["computed_by"] = {
+            "device": workers.device,
+            "kernel": choose_kernel(torch.device(workers.device), dtype),
+        }
     inputs = named_inputs(options, access)
     if remote:
         _refuse_local_inputs(inputs)
@@ -441,7 +448,8 @@ def _choose_device(options: AnnotateOptions, runner: str) -> tuple[dataflow.Work
     decoding = options.decode_processes
     if decoding is None:
         # A GPU scores more clips a second than one Python decodes; a CPU has no core to spare.
-        share = (os.cpu_count() or 1) // max(processes, len(devices_of(str(device))))
+        at_once = processes if options.devices else len(devices_of(str(device)))
+        share = len(os.sched_getaffinity(0)) // at_once
         decoding = max(1, share - 1) if device.type == "cuda" and runner not in _CLUSTERS else 0
     return dataflow.Workers(dataflow.NO_GPU, 0, str(device), dtype, processes, decoding), notes
 
@@ -449,6 +457,7 @@ def _choose_device(options: AnnotateOptions, runner: str) -> tuple[dataflow.Work
 def _processes(asked: str, device: torch.device) -> int:
     """How many worker processes `--devices` asks for."""
     there = torch.cuda.device_count() if device.type == "cuda" else None
+    cores = len(os.sched_getaffinity(0))
     if device.index is not None:
         raise UsageError(f"--devices {asked} and --device {device} contradict each other: give one")
     if asked == "all":
@@ -458,8 +467,8 @@ def _processes(asked: str, device: torch.device) -> int:
                 "for several processes on its CPU: --device cpu --devices N"
             )
         return there
-    if not asked.isdigit() or not 1 <= int(asked) <= (there or os.cpu_count() or 1):
-        most = f"{there} GPUs" if there else f"{os.cpu_count()} cores"
+    if not asked.isdigit() or not 1 <= int(asked) <= (there or cores):
+        most = f"{there} GPUs" if there else f"{cores} cores"
         raise UsageError(
             f"--devices {asked!r}: expected all, or a number up to the {most} of this machine"
         )

@@ -212,7 +212,7 @@ class GpuLaunch:
         if len(features) != self._size:
             return _score(self._engine, features)
         self._full_batches += 1
-        if self._full_batches <= 2:  # these warm up cuBLAS and the allocator
+        if self._full_batches <= 2:  # recording takes the time of some batches
             return _score(self._engine, features)
         if self._graph is None:
             self._graph = _Graph(self._engine, features, self._compute)
@@ -224,6 +224,9 @@ class _Graph:
 
     def __init__(self, engine: Engine, features: torch.Tensor, stream: torch.cuda.Stream) -> None:
         self._features = features.clone()
+        # In this thread, whichever had the batches before: cuDNN and cuBLAS have handles and
+        # memory for each thread, which cannot be made while a graph is recorded.
+        _score(engine, self._features)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may allocate page-locked memory meanwhile.
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):

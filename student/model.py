@@ -69,7 +69,7 @@ class Student:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
-        self.kernel = choose_kernel(device)
+        self.kernel = choose_kernel(device, dtype)
         self.embedding_size = network.hidden_size  # 768 for Distil-AST
         self.parameters = network.parameters  # 44,066,831 for Distil-AST
         if device.type == "cuda" and dtype is torch.float32:
@@ -242,7 +242,7 @@ class Student:
             # Outside the handler: its traceback would keep the failed batch's tensors alive.
             torch.cuda.empty_cache()
             self._halvings += 1
-            self._fitting = len(arrays) // 2
+            self._fitting = min(self._fitting, len(arrays) // 2)
             logger.warning(
                 "a batch of %d chunks does not fit the memory of %s; going on with %d",
                 len(arrays), self.device, self._fitting,
@@ -334,7 +334,8 @@ def has_int8() -> bool:
     """Whether this processor multiplies 8-bit numbers faster than float32, and torch can say so."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     vnni = known.get("avx512_vnni", False) or known.get("avx_vnni", False)
-    return bool(vnni) and choose_kernel(torch.device("cpu")) == "onednn"
+    has_products = hasattr(torch.ops.onednn, "qlinear_prepack")
+    return bool(vnni) and has_products and choose_kernel(torch.device("cpu")) == "onednn"
 
 
 def made_sounds(features: FeatureSpec) -> NDArray[np.float32]:

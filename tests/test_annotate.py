@@ -30,6 +30,7 @@ from pipeline import run as running
 from pipeline.cli import cli
 from pipeline.options import AnnotateOptions, UsageError
 from student import CheckpointError, model
+from student.engine import choose_kernel
 from student.labels import audioset_labels
 from transforms import annotate as annotate_module
 from transforms.annotate import (
@@ -143,6 +144,10 @@ def test_what_stands_beside_the_clips(annotate, shards, tmp_path, tiny_checkpoin
     assert run["checkpoint"]["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     assert run["scoring"]["chunk_samples"] == 128 * 160
     assert run["thresholds"]["Dog"] == 0.7
+    assert run["computed_by"] == {
+        "device": "cpu",
+        "kernel": choose_kernel(torch.device("cpu")),
+    }
     files = sorted((output / "clips").iterdir())
     assert [file.name.rsplit("-", 1)[0] for file in files] == ["a", "b"]
     for file in files:

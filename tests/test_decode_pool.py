@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import os
@@ -597,6 +598,15 @@ def test_nothing_is_left_after_close(some: list[Any]) -> None:
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
     if Path("/dev/shm").is_dir():
         assert set(os.listdir("/dev/shm")) <= files
+
+
+def test_a_pool_that_is_forgotten_leaves_no_descriptors() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    pool = DecodePool(FEATURES, 2)
+    assert len(os.listdir("/proc/self/fd")) > before
+    del pool
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_close_ends_an_iterator_of_another_thread(some: list[Any]) -> None:

@@ -85,14 +85,15 @@ def test_devices_all_is_a_process_for_each_gpu(
     asked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(4, monkeypatch)
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
     job = asked(devices="all")
     beam = job.beam_options.view_as(DirectOptions)
     assert (beam.direct_num_workers, beam.direct_running_mode) == (4, "multi_processing")
     annotation = annotation_of(job, None)
     assert (annotation.device, annotation.worker_processes) == ("cuda", 4)
     assert annotation.decode_processes == 15  # of 16 cores a GPU, one is Python's
-    assert asked(devices="2").workers.processes == 2
+    two = asked(devices="2").workers
+    assert (two.processes, two.decode_processes) == (2, 31)
     assert asked().workers.processes == 1  # as ever: one process deals its threads over the GPUs
     assert asked(decode_processes=3).workers.decode_processes == 3
 

@@ -53,6 +53,14 @@ def test_each_side_adds_up_to_the_time_of_the_shards() -> None:
     assert profile["model"]["model"] == {"s": 7.0, "share": 0.7, "ms_per_clip": 140.0}
 
 
+def test_the_side_that_waits_less_is_the_bottleneck_whatever_the_sides_add_up_to() -> None:
+    """Six processes decode for 60 s within 10 s, and are idle for half of these."""
+    profile = profile_of(metrics(decode=60, decoding_idle=5, model=8.5, model_idle=1), 10)
+    assert profile is not None
+    assert profile["bottleneck"] == "model"
+    assert "the other side is idle for 50 %" in profile["advice"]
+
+
 def test_a_gpu_that_works_while_its_thread_waits_is_no_more_than_all() -> None:
     profile = profile_of(metrics(model=9, model_idle=6), 9)
     assert profile is not None

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 import apache_beam as beam
@@ -198,10 +197,11 @@ def _devices_here(annotation: Annotation) -> list[str]:
     processes = annotation.worker_processes
     if processes == 1:
         return devices_of(annotation.device)
-    number = claim_number(Path(annotation.progress_folder or gettempdir()), processes)
+    assert annotation.progress_folder is not None  # several processes are of a local run
+    number = claim_number(Path(annotation.progress_folder), processes)
     if annotation.device.startswith("cuda"):
         return devices_of(f"cuda:{number}")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     return devices_of(annotation.device)
 
 

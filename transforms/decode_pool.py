@@ -395,6 +395,8 @@ class _Child:
         os.ftruncate(self._shared, _HEADER_BYTES + 4 * slots * features.chunk_samples)
         self._header, self.slots = _views(self._shared, features.chunk_samples)
         self._files = [self._shared, *self._all_places]
+        self._close_files = weakref.finalize(self, _close_all, self._files)
+        self._close_files.atexit = False  # a thread may still be writing to one
         self.vain_starts = 0
         self.start()
 
@@ -475,9 +477,7 @@ class _Child:
         """Closes what is shared with a process that is gone."""
         self.drop()
         self.line.close()
-        files, self._files = self._files, []
-        for file in files:
-            os.close(file)
+        self._close_files()
         self.places, self._all_places = [], []
         # The last that hold the memory, and with it a descriptor.
         self._header, self.slots = np.full(2, -1), np.zeros((0, 0), np.float32)
@@ -490,6 +490,11 @@ def _end_all(children: list[_Child], owner: int) -> None:
         child.process.kill()
     for child in children:
         child.process.wait()
+
+
+def _close_all(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
 def _gone(process: subprocess.Popen[bytes], within_s: float) -> bool:

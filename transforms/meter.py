@@ -35,7 +35,7 @@ COUNTERS = {
 }
 
 DISTRIBUTIONS = {
-    "inference_batch_latency_micro_secs": "microseconds a batch took, features and copies included",
+    "inference_batch_latency_micro_secs": "microseconds a batch took, features and copies included; on a GPU with its wait for the one before",
     "inference_request_batch_size": "chunks in a batch",
     "inference_request_batch_byte_size": "bytes of the batch's waveforms",
     "load_model_latency_milli_secs": "milliseconds to load the student",
