@@ -20,7 +20,7 @@ _CURES = {
     ),
     "decode": (
         "the model waits for decoders",
-        "more workers, or more vCPUs or threads for each model",
+        "--decode-processes, more workers, or more vCPUs for each model",
     ),
     "resample": (
         "the model waits for audio to be brought to its sample rate",
@@ -36,7 +36,7 @@ _CURES = {
     ),
     "model": (
         "decoded audio waits for the model, as it should",
-        "a faster device or more of them, or --dtype of a lower precision",
+        "a faster device or more of them, or --dtype reduced for a student 512 wide or wider",
     ),
     "write": (
         "decoded audio waits for rows to be written",

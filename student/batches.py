@@ -159,6 +159,7 @@ class GpuLaunch:
         self._in, self._compute, self._out = (torch.cuda.Stream(self._device) for _ in range(3))
         self._full_batches = 0
         self._graph: _Graph | None = None
+        self._records = True
         # Threads take turns to launch, so that one batch's activations are in the GPU's memory.
         self._turn = threading.Lock()
 
@@ -214,9 +215,13 @@ class GpuLaunch:
         self._full_batches += 1
         if self._full_batches <= 2:  # recording takes the time of some batches
             return _score(self._engine, features)
-        if self._graph is None:
-            self._graph = _Graph(self._engine, features, self._compute)
-        return self._graph(features)
+        if self._graph is None and self._records:
+            try:
+                self._graph = _Graph(self._engine, features, self._compute)
+            except torch.OutOfMemoryError:
+                # A graph keeps activations of its own. Batches go on without, at full size.
+                self._records = False
+        return _score(self._engine, features) if self._graph is None else self._graph(features)
 
 
 class _Graph:

@@ -601,12 +601,13 @@ def test_nothing_is_left_after_close(some: list[Any]) -> None:
 
 
 def test_a_pool_that_is_forgotten_leaves_no_descriptors() -> None:
+    gc.collect()  # what other tests left
     before = len(os.listdir("/proc/self/fd"))
     pool = DecodePool(FEATURES, 2)
     assert len(os.listdir("/proc/self/fd")) > before
     del pool
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_close_ends_an_iterator_of_another_thread(some: list[Any]) -> None:
