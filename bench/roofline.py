@@ -45,7 +45,8 @@ if __name__ == "__main__":  # this folder is first in the path, the checkout is 
 
 from bench.record import append_results, machine, table  # noqa: E402
 from student.engine import Engine  # noqa: E402
-from student.features import FFT_SAMPLES, FRAME_SAMPLES, HOP_SAMPLES, LogMel  # noqa: E402
+from student.feature_spec import FRAME_SAMPLES, HOP_SAMPLES  # noqa: E402
+from student.features import FFT_SAMPLES, LogMel  # noqa: E402
 from student.model import DeviceError, Student, choose_device, load_model  # noqa: E402
 
 CLIP_S = 10

@@ -243,7 +243,7 @@ def show_profile(profile: dict[str, Any] | None, console: Console) -> None:
     for stage, took in profile["before"].items():
         table.add_row(f"  {stage}", f"{took['s']:,.3f}", f"{100 * took['share']:.1f} %*", "")
     console.print(table)
-    say("* of the whole run; the shares of each side add up to 100 % of the shards' time.")
+    say("* of the whole run; the shares of each side add up to 100 %.")
     say(f"Bottleneck: {profile['bottleneck']}. {profile['advice']}.")
 
 

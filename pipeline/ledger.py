@@ -7,7 +7,7 @@ import io
 import json
 import platform
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
@@ -48,7 +48,11 @@ LABELS_SCHEMA = pa.schema(
 
 
 def describe_run(
-    options: AnnotateOptions, checkpoint: Checkpoint, thresholds: Thresholds, dtype: str
+    options: AnnotateOptions,
+    checkpoint: Checkpoint,
+    thresholds: Thresholds,
+    dtype: str,
+    computed_by: Mapping[str, str],
 ) -> dict[str, Any]:
     """What made an output: `run.json`, and the metadata of each of its files.
 
@@ -93,6 +97,7 @@ def describe_run(
             if name not in ("inputs", "output", "checkpoint", "overwrite")
             and not name.startswith(("dry_run", "job_file", "detach", "profile"))
         },
+        "computed_by": dict(computed_by),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS_OF},
     }  # fmt: skip
 

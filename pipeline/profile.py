@@ -152,5 +152,5 @@ def _advice(profile: Mapping[str, Any]) -> str:
     waits = other_idle_s / profile["shards_s"]
     return (
         f"{stage.capitalize()} takes {100 * share:.0f} % of the time on its side, and the other "
-        f"side is idle for {100 * waits:.0f} %: {cause}; {cure}"
+        f"side is idle for {100 * waits:.0f} % of the shards' time: {cause}; {cure}"
     )

@@ -15,10 +15,11 @@ from pipeline.run import Job, annotate, annotation_of, empty_pipeline, row_optio
 from student.checkpoint import CheckpointError
 from student.model import DeviceError, Student
 from transforms.checkpoint import local_checkpoint
+from transforms.decode_clip import decode_clips
 from transforms.output import check_writable
 from transforms.read import read_clips
 from transforms.records import ScoredClip
-from transforms.score import decode_clips, score_clips
+from transforms.score import score_clips
 from transforms.write import tags_of
 
 _TRIED_CLIPS = 8  # of the first shard, until one can be tagged

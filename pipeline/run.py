@@ -169,13 +169,11 @@ def prepare(options: AnnotateOptions) -> Job:
         raise UsageError(f"--output {options.output!r} cannot be used: {error}") from error
 
     notes = [*notes, *said]
-    run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype)
+    computed_by = {}
     if not remote and _runner_of(beam_options) not in _CLUSTERS:
-        dtype = getattr(torch, workers.dtype)
-        run["computed_by"] = {
-            "device": workers.device,
-            "kernel": choose_kernel(torch.device(workers.device), dtype),
-        }
+        device, dtype = torch.device(workers.device), getattr(torch, workers.dtype)
+        computed_by = {"device": workers.device, "kernel": choose_kernel(device, dtype)}
+    run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype, computed_by)
     inputs = named_inputs(options, access)
     if remote:
         _refuse_local_inputs(inputs)

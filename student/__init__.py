@@ -19,7 +19,7 @@ BUNDLED = "bundled"  # the name of the demonstration checkpoint that comes with 
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, because torch and transformers take seconds and the labels need neither.
+    # Lazy, because torch takes seconds and the labels do not need it.
     if name == "CheckpointError":
         from student.checkpoint import CheckpointError
 

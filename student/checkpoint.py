@@ -58,8 +58,7 @@ class Checkpoint:
     @property
     def hidden_size(self) -> int:
         """Width of its layers: 768 for AST, and where `config.json` does not say."""
-        config = json.loads((self.directory / "config.json").read_text("utf-8"))
-        return int(config.get("hidden_size", 768))
+        return int(read_json(self.directory / "config.json").get("hidden_size", 768))
 
     @property
     def is_bundled(self) -> bool:

@@ -256,11 +256,11 @@ def _in_whole_numbers(
 
 def choose_kernel(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernel:
     """`onednn` on a CPU whose torch has oneDNN for `dtype`, else what torch multiplies with itself."""
-    if device.type != "cpu":
-        return "torch"
-    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "torch"
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(
         torch.ops.mkldnn, "_linear_pointwise"
     )
-    return "onednn" if device.type == "cpu" and has_onednn else "torch"
+    if device.type != "cpu" or not has_onednn:
+        return "torch"
+    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "torch"
+    return "onednn"

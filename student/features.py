@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from student.feature_spec import FRAME_SAMPLES as FRAME_SAMPLES
-from student.feature_spec import HOP_SAMPLES as HOP_SAMPLES
-from student.feature_spec import FeatureSpec as FeatureSpec
+from student.feature_spec import FRAME_SAMPLES, HOP_SAMPLES, FeatureSpec
 
 FFT_SAMPLES = 512
 PREEMPHASIS = 0.97

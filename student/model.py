@@ -15,7 +15,8 @@ from student import BUNDLED
 from student.batches import Batches, GpuLaunch, Launch, Stages, launch_here
 from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from student.engine import Engine, choose_kernel
-from student.features import FRAME_SAMPLES, HOP_SAMPLES, FeatureSpec, LogMel
+from student.feature_spec import FRAME_SAMPLES, HOP_SAMPLES, FeatureSpec
+from student.features import LogMel
 from student.labels import Label
 from student.weights import Network, network_of, read_network
 
@@ -36,6 +37,7 @@ DTYPES = {
 TOLERANCE = 0.01  # how far a score may be from float32's in less precision
 # Narrower students gain nothing from int8, and lose more: fewer products average its rounding.
 _INT8_LEAST_WIDTH = 512
+_int8_differences: dict[tuple[str, str], float] = {}  # by the hashes of weights and config
 
 # How many tokens (patches of a spectrogram) go through the model at once. A CPU
 # gains nothing past its caches; a GPU wants to be full, and 64 chunks of a
@@ -103,8 +105,8 @@ class Student:
             device: `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or
                 `cuda:N`.
             dtype: `auto` (float32 on the CPU; bfloat16 on CUDA, float16 on cards
-                older than Ampere), `reduced` (the fastest that keeps scores within
-                `TOLERANCE`, on a CPU too), `float32`, `bfloat16`, `float16` or `int8`
+                older than Ampere), `reduced` (the fastest that is to keep scores
+                within `TOLERANCE`, on a CPU too: see `settle_dtype`), `float32`, `bfloat16`, `float16` or `int8`
                 (its layers' products on a CPU with VNNI, checked against float32 here
                 on a few made sounds).
 
@@ -363,12 +365,11 @@ def settle_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> to
     precision = choose_dtype(dtype, device, checkpoint.hidden_size)
     if precision is not torch.int8:
         return precision
-    sounds, network = made_sounds(checkpoint.features), load_network(checkpoint)
-    exact, coarse = (
-        Student(network, checkpoint, device, each).score(sounds)
-        for each in (torch.float32, torch.int8)
-    )
-    worst = float(np.abs(coarse - exact).max())
+    # A run asks before it begins, and its worker again, in the same process where it is local.
+    key = checkpoint.weights_sha256, checkpoint.config_sha256
+    if key not in _int8_differences:
+        _int8_differences[key] = _int8_difference(checkpoint)
+    worst = _int8_differences[key]
     # Four sounds are few: what they differ by is doubled before it is judged.
     if 2 * worst <= TOLERANCE:
         return precision
@@ -379,6 +380,16 @@ def settle_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> to
         f"in int8 this student's scores differ from float32's by up to {worst:.3f} on four made "
         f"sounds, more than half of {TOLERANCE}; use float32 or bfloat16"
     )
+
+
+def _int8_difference(checkpoint: Checkpoint) -> float:
+    """How far int8's scores of the made sounds are from float32's, at most."""
+    sounds, network = made_sounds(checkpoint.features), load_network(checkpoint)
+    exact, coarse = (
+        Student(network, checkpoint, torch.device("cpu"), dtype).score(sounds)
+        for dtype in (torch.float32, torch.int8)
+    )
+    return float(np.abs(coarse - exact).max())
 
 
 def load_network(checkpoint: Checkpoint) -> Network:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from student.features import POWER_FLOOR, FeatureSpec, LogMel
+from student.feature_spec import FeatureSpec
+from student.features import POWER_FLOOR, LogMel
 from training.augment import Sounds, augment_sounds, disguise, draw_disguise
 from training.presets import Consistent, DistilAst
 

@@ -16,7 +16,7 @@ import torch
 from bench.stand_ins import CloudStorage
 from evaluation.scores import EvaluationError, open_source
 from evaluation.truth import read_truth
-from student.features import FRAME_SAMPLES, FeatureSpec
+from student.feature_spec import FRAME_SAMPLES, FeatureSpec
 from student.labels import audioset_labels
 from training.clips import (
     Batches,

@@ -189,5 +189,5 @@ def test_work_of_the_last_layer_is_done_for_two_tokens(
 
 def test_a_cpu_without_onednn_multiplies_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert choose_kernel(CPU) == "torch"
+    assert choose_kernel(CPU) == choose_kernel(CPU, torch.bfloat16) == "torch"
     assert choose_kernel(torch.device("cuda")) == "torch"

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from transformers import ASTFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
 
-from student.features import FeatureSpec, LogMel, mel_filters
+from student.feature_spec import FeatureSpec
+from student.features import LogMel, mel_filters
 
 Noise = Callable[..., NDArray[np.float32]]
 

@@ -18,7 +18,7 @@ from transformers import ASTFeatureExtractor, logging
 
 from evaluation.metrics import CardMetrics, FieldMetrics
 from pipeline.cli import cli
-from student.features import FeatureSpec
+from student.feature_spec import FeatureSpec
 from student.labels import Label, audioset_labels
 from training.initialise import fresh_student
 from training.model_card import (

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from student.features import FeatureSpec
+from student.feature_spec import FeatureSpec
 from student.model import Student
+from transforms.decode_clip import decode_clips
 from transforms.records import (
     Chunk,
     ClipEnd,
@@ -19,7 +20,7 @@ from transforms.records import (
     ScoredClip,
     UnreadableClip,
 )
-from transforms.score import decode_clips, score_clips
+from transforms.score import score_clips
 
 Noise = Callable[..., NDArray[np.float32]]
 Encoded = Callable[..., bytes]

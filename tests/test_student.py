@@ -24,7 +24,7 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassificati
 
 from student import CheckpointError, DeviceError, Student, checkpoint
 from student.checkpoint import DEFAULT_THRESHOLD, find_checkpoint, read_checkpoint
-from student.features import FeatureSpec
+from student.feature_spec import FeatureSpec
 from student.labels import Label, audioset_labels
 from student.model import (
     choose_device,
@@ -284,6 +284,11 @@ def test_int8_is_checked_against_float32_before_it_is_used(
     with pytest.raises(DeviceError, match=r"by up to 0\.\d{3} on four made sounds"):
         Student.load(str(tiny_checkpoint), device="cpu", dtype="int8")
     assert settle_dtype("reduced", cpu, facts) is torch.float32
+    # Once a process: of a local run the launcher and the worker are one.
+    monkeypatch.setattr("student.model._int8_difference", lambda _: pytest.fail("judged twice"))
+    assert settle_dtype("reduced", cpu, facts) is torch.float32
+    monkeypatch.undo()
+    monkeypatch.setattr("student.model._INT8_LEAST_WIDTH", 1)
     # One that bears it: in the bundled student rounding is small beside what it has learned.
     assert settle_dtype("reduced", cpu, read_checkpoint("bundled")) is torch.int8
     assert Student.load("bundled", device="cpu", dtype="int8").dtype is torch.int8

@@ -22,8 +22,9 @@ from apache_beam.transforms.window import FixedWindows, TimestampedValue
 
 import transforms.tag
 from student.model import DeviceError
+from transforms.decode_clip import decode_clips
 from transforms.records import EncodedClip
-from transforms.score import decode_clips, score_clips
+from transforms.score import score_clips
 from transforms.tag import StudentModelHandler, TagClips, TaggedClip, tag_clips
 from transforms.write import RowOptions, tags_of
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from student.features import FRAME_SAMPLES, HOP_SAMPLES, POWER_FLOOR, FeatureSpec
+from student.feature_spec import FRAME_SAMPLES, HOP_SAMPLES, FeatureSpec
+from student.features import POWER_FLOOR
 from training.presets import Recipe
 
 _BANDS = 5  # points of the equaliser's curve

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from evaluation.scores import NAME_KINDS, EvaluationError, Names, Source, join, match, names_of
 from evaluation.truth import Truth, known_names, parse_labels, resolve
-from student.features import FRAME_SAMPLES, FeatureSpec
+from student.feature_spec import FRAME_SAMPLES, FeatureSpec
 from student.labels import Label
 from training.presets import Recipe
 from training.request import Split

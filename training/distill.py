@@ -43,7 +43,7 @@ from evaluation.provenance import (
 )
 from evaluation.thresholds import FEWEST_POSITIVES, fit_thresholds
 from student.checkpoint import DEFAULT_THRESHOLD, read_checkpoint
-from student.features import FeatureSpec
+from student.feature_spec import FeatureSpec
 from student.labels import Label
 from student.model import DeviceError, choose_device
 from training.clips import HASH, MEMBER, Batches, CachedClips, ClipTable, audio_s_of

@@ -17,7 +17,8 @@ from transformers import ASTForAudioClassification
 from evaluation.scores import Source, batches, open_source
 from evaluation.truth import Truth, read_truth
 from student.checkpoint import Checkpoint, read_checkpoint
-from student.features import FRAME_SAMPLES, POWER_FLOOR, FeatureSpec, LogMel
+from student.feature_spec import FRAME_SAMPLES, FeatureSpec
+from student.features import POWER_FLOOR, LogMel
 from student.labels import Label
 from student.model import load_model
 from training.clips import (

@@ -22,7 +22,7 @@ from training.curves import Row
 if TYPE_CHECKING:
     from transformers import ASTForAudioClassification
 
-    from student.features import FeatureSpec
+    from student.feature_spec import FeatureSpec
 
 _ABSENT = "-"
 _PLACEHOLDER = "PATH_OF_THIS_FOLDER"  # in the examples

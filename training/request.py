@@ -137,10 +137,10 @@ def begin(request: Request) -> Path | None:
         # Another process may already read the held-out clips; so may one have that was killed.
         held = set(os.listdir(request.output)) if request.output.is_dir() else set()
         if held - {CACHE_FOLDER} and not nothing_kept:
-            place, else_ = str(request.output), ", or go on with --resume" * file.exists()
+            place, instead = str(request.output), ", or go on with --resume" * file.exists()
             if is_finished(request.output):
-                else_ = f"; it holds a finished student, which learns on with --student {place}"
-            raise DistillError(f"--output {place!r} is not empty: choose another{else_}")
+                instead = f"; it holds a finished student, which learns on with --student {place}"
+            raise DistillError(f"--output {place!r} is not empty: choose another{instead}")
         return None
     if not file.exists():
         raise DistillError(

@@ -20,7 +20,8 @@ from transformers import ASTForAudioClassification, Trainer, TrainerCallback, Tr
 from transformers.trainer_callback import PrinterCallback
 
 from evaluation.metrics import CardMetrics, FieldMetrics, card_metrics, field_metrics
-from student.features import HOP_SAMPLES, FeatureSpec, LogMel
+from student.feature_spec import HOP_SAMPLES, FeatureSpec
+from student.features import LogMel
 from training.augment import Sounds, augment_sounds, disguise, draw_disguise
 from training.clips import ClipTable, Draws
 from training.losses import LOSSES

@@ -25,6 +25,7 @@ from student.model import Student, devices_of
 from transforms.checkpoint import local_checkpoint
 from transforms.claim import claim_number
 from transforms.decode import take_decode_s
+from transforms.decode_clip import decode_clips
 from transforms.decode_pool import DecodePool
 from transforms.meter import NAMESPACE, Meter, Stopwatch
 from transforms.output import Output, open_output
@@ -40,7 +41,7 @@ from transforms.records import (
     UnreadableClip,
     unique,
 )
-from transforms.score import Pool, decode_clips, score_clips
+from transforms.score import Pool, score_clips
 from transforms.storage import DEFAULT_ACCESS, Access
 from transforms.write import (
     CLIPS_FOLDER,

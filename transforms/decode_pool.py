@@ -703,6 +703,6 @@ def _pickled(error: Exception) -> bytes | None:
     try:
         content = pickle.dumps(error)
         pickle.loads(content)
-    except Exception:
+    except Exception:  # of any class's own making; the owner then raises its traceback as text
         return None
     return content

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student.model import Result, Student
-from transforms.decode_clip import decode_clips as decode_clips
 from transforms.meter import Meter
 from transforms.records import Chunk, ClipEnd, ScoredClip
 

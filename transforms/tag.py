@@ -21,15 +21,16 @@ from apache_beam.utils.shared import Shared
 from apache_beam.utils.windowed_value import WindowedValue
 from numpy.typing import NDArray
 
-from student.features import FRAME_SAMPLES, FeatureSpec
+from student.feature_spec import FRAME_SAMPLES, FeatureSpec
 from student.model import Student
 from transforms.annotate import empty_into_beam
 from transforms.checkpoint import local_checkpoint
 from transforms.chunk import cut_chunks
 from transforms.decode import SourceFacts
+from transforms.decode_clip import decode_clips
 from transforms.meter import NAMESPACE, Meter
 from transforms.records import Chunk, ClipEnd, ClipError, EncodedClip, ScoredClip
-from transforms.score import Pool, decode_clips, score_clips
+from transforms.score import Pool, score_clips
 from transforms.storage import DEFAULT_ACCESS
 from transforms.write import RowOptions, tags_of
 
