@@ -77,7 +77,7 @@ def test_the_bottleneck_is_the_slowest_stage_of_the_side_that_waits_less(stage: 
     cause, cure = _CURES[stage]
     assert profile["advice"] == (
         f"{stage.capitalize()} takes 70 % of the time on its side, and the other side is idle for "
-        f"80 %: {cause}; {cure}"
+        f"80 % of the shards' time: {cause}; {cure}"
     )
 
 
