@@ -77,6 +77,10 @@ class EncodedClip:
     size_bytes: int
     xxh128: str  # of the encoded bytes
     metadata: dict[str, Any]
+    # The part of the recording that the clip is, where a manifest cuts it; else all of it.
+    start_s: float | None = None
+    end_s: float | None = None
+    name: str | None = None  # what a manifest calls the clip; None: it goes by `member`
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,9 @@ class UnreadableClip:
     member: str | None  # None where the shard itself is broken
     error: ClipError
     metadata: dict[str, Any]
+    start_s: float | None = None  # as in `EncodedClip`
+    end_s: float | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,9 @@ class ClipEnd:
     peak_dbfs: float | None = None
     rms_dbfs: float | None = None
     error: ClipError | None = None
+    start_s: float | None = None  # as in `EncodedClip`
+    end_s: float | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
