@@ -172,7 +172,10 @@ def prepare(options: AnnotateOptions) -> Job:
     computed_by = {}
     if not remote and _runner_of(beam_options) not in _CLUSTERS:
         device, dtype = torch.device(workers.device), getattr(torch, workers.dtype)
-        computed_by = {"device": workers.device, "kernel": choose_kernel(device, dtype)}
+        computed_by = {
+            "device": workers.device,
+            "kernel": choose_kernel(device, dtype, checkpoint.hidden_size),
+        }
     run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype, computed_by)
     inputs = named_inputs(options, access)
     if remote:

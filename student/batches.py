@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from student.engine import Engine
 from student.features import LogMel
 
+# Features [n, frames, mel bins] to logits [n, labels] and embeddings [n, width].
+Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 Answer = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 # Gets waveforms [size, samples] and lengths [size] on the host, of which the first `count`
 # rows are used; gives what waits for the scores and embeddings, [count, ...] on the host.
@@ -122,7 +123,7 @@ class Batches:
             self._free.append(buffers)
 
 
-def launch_here(log_mel: LogMel, engine: Engine, stages: Stages) -> Launch:
+def launch_here(log_mel: LogMel, engine: Forward, stages: Stages) -> Launch:
     """Computes on the CPU, at once."""
 
     @torch.inference_mode()
@@ -153,7 +154,7 @@ class GpuLaunch:
         stages: where the time goes that the GPU took.
     """
 
-    def __init__(self, log_mel: LogMel, engine: Engine, size: int, stages: Stages) -> None:
+    def __init__(self, log_mel: LogMel, engine: Forward, size: int, stages: Stages) -> None:
         self._log_mel, self._engine, self._size, self._stages = log_mel, engine, size, stages
         self._device = log_mel.window.device
         self._in, self._compute, self._out = (torch.cuda.Stream(self._device) for _ in range(3))
@@ -227,7 +228,7 @@ class GpuLaunch:
 class _Graph:
     """The engine on one shape, recorded once and replayed."""
 
-    def __init__(self, engine: Engine, features: torch.Tensor, stream: torch.cuda.Stream) -> None:
+    def __init__(self, engine: Forward, features: torch.Tensor, stream: torch.cuda.Stream) -> None:
         self._features = features.clone()
         # In this thread, whichever had the batches before: cuDNN and cuBLAS have handles and
         # memory for each thread, which cannot be made while a graph is recorded.
@@ -244,6 +245,6 @@ class _Graph:
         return self._answer[0].clone(), self._answer[1].clone()
 
 
-def _score(engine: Engine, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(engine: Forward, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logits, pooled = engine(features)
     return logits.sigmoid(), pooled

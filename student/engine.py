@@ -13,6 +13,7 @@ Three things differ from `ASTForAudioClassification`, none of them in what is co
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -25,11 +26,12 @@ from student.weights import Activation, Affine, Network, NetworkLayer, network_o
 if TYPE_CHECKING:
     from transformers import ASTForAudioClassification
 
-Kernel = Literal["torch", "onednn"]
+Kernel = Literal["torch", "onednn", "openvino"]
 Step = Callable[[torch.Tensor], torch.Tensor]
 _GELU_LOWEST = -0.17  # GELU's minimum is -0.16997, at -0.7518
 _SMALLEST = 1e-12  # a scale for tokens and weights that are all zero
 _READ_BY_HEAD = 2  # tokens: the class token and the distillation token
+_OPENVINO_LEAST_WIDTH = 512  # narrower students take less time for a clip than a call of it
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Engine:
         model: float32; what it needs of it is copied.
         device: where it computes.
         dtype: of the matrix products. On a CPU the sums between the layers stay float32.
-        kernel: who multiplies matrices on a CPU, of `choose_kernel`.
+        kernel: who multiplies matrices on a CPU, of `choose_kernel`; of `openvino` see
+            `student.openvino`.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Engine:
         model: Network | ASTForAudioClassification,
         device: torch.device,
         dtype: torch.dtype,
-        kernel: Kernel,
+        kernel: Literal["torch", "onednn"],
     ) -> None:
         on_cpu = device.type == "cpu"
         self._stream = torch.float32 if on_cpu else dtype
@@ -254,12 +257,35 @@ def _in_whole_numbers(
     return multiply
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernel:
-    """`onednn` on a CPU whose torch has oneDNN for `dtype`, else what torch multiplies with itself."""
+def choose_kernel(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    hidden_size: int = 768,
+    has_openvino: bool | None = None,
+) -> Kernel:
+    """Who multiplies matrices.
+
+    Args:
+        device: where.
+        dtype: in what.
+        hidden_size: how wide the student is.
+        has_openvino: whether it may be chosen; None: where the package is installed.
+
+    Returns:
+        `openvino` for float32 of a wide student on a CPU where the package is installed;
+        `onednn` on a CPU whose torch has oneDNN for `dtype`; else `torch`, its own products.
+    """
+    if device.type != "cpu":
+        return "torch"
+    wide = hidden_size >= _OPENVINO_LEAST_WIDTH
+    if has_openvino is None:
+        has_openvino = importlib.util.find_spec("openvino") is not None
+    if dtype is torch.float32 and wide and has_openvino:
+        return "openvino"
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(
         torch.ops.mkldnn, "_linear_pointwise"
     )
-    if device.type != "cpu" or not has_onednn:
+    if not has_onednn:
         return "torch"
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "torch"

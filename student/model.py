@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from student import BUNDLED
-from student.batches import Batches, GpuLaunch, Launch, Stages, launch_here
+from student.batches import Batches, Forward, GpuLaunch, Launch, Stages, launch_here
 from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from student.engine import Engine, choose_kernel
 from student.feature_spec import FRAME_SAMPLES, HOP_SAMPLES, FeatureSpec
 from student.features import LogMel
 from student.labels import Label
+from student.openvino import can_compile, compile_network
 from student.weights import Network, network_of, read_network
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ class Student:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
-        self.kernel = choose_kernel(device, dtype)
+        self.kernel = choose_kernel(device, dtype, network.hidden_size)
+        if self.kernel == "openvino" and not can_compile(network):
+            self.kernel = choose_kernel(device, dtype, has_openvino=False)
         self.embedding_size = network.hidden_size  # 768 for Distil-AST
         self.parameters = network.parameters  # 44,066,831 for Distil-AST
         if device.type == "cuda" and dtype is torch.float32:
@@ -83,7 +86,11 @@ class Student:
         self._longest = (self.features.max_length - 1) * HOP_SAMPLES + FRAME_SAMPLES
         self._stages = Stages()
         log_mel = LogMel(checkpoint.features).to(device)
-        engine = Engine(network, device, dtype, self.kernel)
+        engine: Forward
+        if self.kernel == "openvino":
+            engine = compile_network(network, self.features)
+        else:
+            engine = Engine(network, device, dtype, self.kernel)
         launch: Launch
         if device.type == "cuda":
             launch = GpuLaunch(log_mel, engine, self.max_batch, self._stages)
@@ -337,7 +344,9 @@ def has_int8() -> bool:
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     vnni = known.get("avx512_vnni", False) or known.get("avx_vnni", False)
     has_products = hasattr(torch.ops.onednn, "qlinear_prepack")
-    return bool(vnni) and has_products and choose_kernel(torch.device("cpu")) == "onednn"
+    return (
+        bool(vnni) and has_products and choose_kernel(torch.device("cpu"), torch.int8) == "onednn"
+    )
 
 
 def made_sounds(features: FeatureSpec) -> NDArray[np.float32]:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib.util
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import ASTConfig, ASTForAudioClassification
+import torch.nn.functional as F
+from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
 from student.checkpoint import read_checkpoint
 from student.engine import Engine, Kernel, choose_kernel
+from student.feature_spec import FeatureSpec
 from student.features import LogMel
-from student.model import has_int8, load_model, made_sounds
+from student.model import Student, has_int8, load_model, made_sounds
+from student.openvino import can_compile, compile_network
+from student.weights import Activation, gelu_tanh, network_of
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -27,11 +36,19 @@ SMALL = {
 }
 
 with_onednn = pytest.mark.skipif(
-    choose_kernel(CPU) != "onednn", reason="this torch has no oneDNN, so nothing is arranged for it"
+    choose_kernel(CPU, has_openvino=False) != "onednn",
+    reason="this torch has no oneDNN, so nothing is arranged for it",
 )
 with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA")
 with_int8 = pytest.mark.skipif(not has_int8(), reason="this processor has no VNNI")
+with_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="openvino is not installed"
+)
 KERNELS = ["torch", pytest.param("onednn", marks=with_onednn)]
+with_bfloat16 = pytest.mark.skipif(
+    choose_kernel(CPU, torch.bfloat16) != "onednn", reason="oneDNN has no bfloat16 here"
+)
+BFLOAT16_KERNELS = ["torch", pytest.param("onednn", marks=with_bfloat16)]
 
 
 @pytest.fixture
@@ -96,7 +113,7 @@ def test_a_clip_has_the_same_logits_alone_and_among_others(
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BFLOAT16_KERNELS)
 def test_bfloat16_keeps_scores_within_a_hundredth(make: Callable[..., Any], kernel: Kernel) -> None:
     model, features = make()
     expected = by_transformers(model, features)[0].sigmoid()
@@ -107,7 +124,7 @@ def test_bfloat16_keeps_scores_within_a_hundredth(make: Callable[..., Any], kern
     assert 0 < (found.sigmoid() - expected).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BFLOAT16_KERNELS)
 def test_an_engine_leaves_its_model_as_it_is(make: Callable[..., Any], kernel: Kernel) -> None:
     model, features = make(hidden_act="prelu")  # which has a weight of its own
     expected = by_transformers(model, features)[0]
@@ -121,6 +138,94 @@ def test_an_engine_leaves_its_model_as_it_is(make: Callable[..., Any], kernel: K
     with torch.inference_mode():
         torch.testing.assert_close(exact(features)[0], expected, rtol=0, atol=1e-5)
     assert engine._layers and not by_transformers(model, features)[0].any()
+
+
+@with_openvino
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_hidden_layers": 1},
+        {"qkv_bias": False},
+        {"patch_size": 8, "frequency_stride": 4, "time_stride": 2},
+    ],
+)
+def test_openvino_is_what_transformers_computes(
+    make: Callable[..., Any], changes: dict[str, Any]
+) -> None:
+    model, features = make(**changes)
+    logits, pooled = by_transformers(model, features)
+    spec = FeatureSpec(num_mel_bins=features.shape[2], max_length=features.shape[1])
+    network = network_of(model)
+    assert can_compile(network)
+    found, embeddings = compile_network(network, spec)(features)
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embeddings, pooled, rtol=0, atol=1e-5)
+
+
+@with_openvino
+@pytest.mark.parametrize("activation", [F.relu, F.silu, gelu_tanh])
+def test_openvino_has_the_activation(make: Callable[..., Any], activation: Activation) -> None:
+    model, features = make()
+    network = network_of(model)
+    layers = tuple(dataclasses.replace(layer, activation=activation) for layer in network.layers)
+    network = dataclasses.replace(network, layers=layers)
+    spec = FeatureSpec(num_mel_bins=features.shape[2], max_length=features.shape[1])
+    assert can_compile(network)
+    with torch.inference_mode():
+        expected = Engine(network, CPU, torch.float32, "torch")(features)[0]
+    found = compile_network(network, spec)(features)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@with_openvino
+def test_an_answer_of_openvino_outlives_the_next_call_and_threads(make: Callable[..., Any]) -> None:
+    model, features = make()
+    logits, _ = by_transformers(model, features)
+    spec = FeatureSpec(num_mel_bins=features.shape[2], max_length=features.shape[1])
+    forward = compile_network(network_of(model), spec)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda row: forward(features[row : row + 1])[0], [0, 1, 2, 3, 4] * 20)
+        )
+    torch.testing.assert_close(torch.cat(found), logits.repeat(20, 1), rtol=0, atol=1e-5)
+
+
+def test_openvino_leaves_an_unknown_activation_to_torch(make: Callable[..., Any]) -> None:
+    assert not can_compile(network_of(make(hidden_act="prelu")[0]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hidden_size", "has_openvino", "expected"),
+    [
+        (torch.float32, 768, True, "openvino"),
+        (torch.float32, 192, True, "onednn"),
+        (torch.float32, 768, False, "onednn"),
+        (torch.int8, 768, True, "onednn"),
+    ],
+)
+@with_onednn
+def test_openvino_is_for_float32_of_wide_students(
+    dtype: torch.dtype, hidden_size: int, has_openvino: bool, expected: Kernel
+) -> None:
+    assert choose_kernel(CPU, dtype, hidden_size, has_openvino) == expected
+
+
+@with_openvino
+def test_a_wide_student_is_scored_by_openvino_and_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    config = {**SMALL, "hidden_size": 512, "num_hidden_layers": 1, "num_mel_bins": 128}
+    config["id2label"] = {index: f"sound {index}" for index in range(config.pop("num_labels"))}
+    ASTForAudioClassification(ASTConfig(**config)).save_pretrained(tmp_path)
+    ASTFeatureExtractor(max_length=128).save_pretrained(tmp_path)
+    student = Student.load(str(tmp_path), "cpu")
+    assert student.kernel == "openvino"
+    sound = made_sounds(student.features)
+    features = LogMel(student.features)(
+        torch.from_numpy(sound), torch.full((len(sound),), sound.shape[1])
+    )
+    logits, _ = by_transformers(load_model(student.checkpoint), features)
+    np.testing.assert_allclose(student.score(sound), logits.sigmoid(), rtol=0, atol=1e-5)
 
 
 @with_int8
@@ -189,5 +294,5 @@ def test_work_of_the_last_layer_is_done_for_two_tokens(
 
 def test_a_cpu_without_onednn_multiplies_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert choose_kernel(CPU) == choose_kernel(CPU, torch.bfloat16) == "torch"
+    assert choose_kernel(CPU, has_openvino=False) == choose_kernel(CPU, torch.bfloat16) == "torch"
     assert choose_kernel(torch.device("cuda")) == "torch"
