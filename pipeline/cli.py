@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Any
@@ -257,11 +258,15 @@ cli.add_command(retag)
 
 
 def _run(options: AnnotateOptions) -> None:
+    # What is imported here stays: looking for garbage among it takes half a second of the start.
+    gc.disable()
     from rich.console import Console
 
     from pipeline import display
     from pipeline.run import execute, prepare
 
+    gc.freeze()
+    gc.enable()
     out, err = Console(), Console(stderr=True)
     if options.job_file and not options.dry_run:
         raise UsageError(

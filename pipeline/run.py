@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import re
 import tempfile
 import time
@@ -30,6 +29,7 @@ from apache_beam.options.pipeline_options import (
 )
 
 from pipeline import __version__, dataflow, ledger
+from pipeline.devices import CLUSTERS, choose_workers_here, computed_by
 from pipeline.image import ImageUnknown, image_versions
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
 from pipeline.plan import Todo, named_inputs, plan_inputs, shards_of
@@ -37,8 +37,7 @@ from pipeline.profile import profile_of
 from pipeline.thresholds import Thresholds, asked_thresholds
 from student import BUNDLED
 from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from student.engine import choose_kernel
-from student.model import DeviceError, choose_device, choose_dtype, devices_of, settle_dtype
+from student.model import DeviceError, settle_dtype
 from transforms.annotate import AnnotateShards, Annotation
 from transforms.checkpoint import local_checkpoint
 from transforms.meter import NAMESPACE, Meter
@@ -50,7 +49,6 @@ from transforms.write import CLIPS_FOLDER, RowOptions, ShardSummary
 
 logger = logging.getLogger(__name__)
 
-_CLUSTERS = ("portable", "flink", "spark")  # runners whose workers may be other machines
 _JOB_SERVER_TIMEOUT_S = 60  # Beam's own 5 minutes are long for a mistyped address
 
 
@@ -153,9 +151,9 @@ def prepare(options: AnnotateOptions) -> Job:
         empty_pipeline(beam_options)
         if not remote:
             _refuse_for_local(options)
-            workers, notes = _choose_device(options, _runner_of(beam_options))
+            workers, notes = choose_workers_here(options, _runner_of(beam_options))
             if workers.processes > 1:
-                beam_options = _with_processes(options, workers.processes)
+                _with_processes(options, workers.processes)  # which may refuse
         checkpoint = _read_checkpoint(options.checkpoint, access)
         if not remote and workers.dtype in ("reduced", "int8"):
             settled = settle_dtype(workers.dtype, torch.device(workers.device), checkpoint)
@@ -169,14 +167,10 @@ def prepare(options: AnnotateOptions) -> Job:
         raise UsageError(f"--output {options.output!r} cannot be used: {error}") from error
 
     notes = [*notes, *said]
-    computed_by = {}
-    if not remote and _runner_of(beam_options) not in _CLUSTERS:
-        device, dtype = torch.device(workers.device), getattr(torch, workers.dtype)
-        computed_by = {
-            "device": workers.device,
-            "kernel": choose_kernel(device, dtype, checkpoint.hidden_size),
-        }
-    run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype, computed_by)
+    made_on = {}
+    if not remote and _runner_of(beam_options) not in CLUSTERS:
+        made_on = computed_by(workers, options.dtype, checkpoint.hidden_size)
+    run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype, made_on)
     inputs = named_inputs(options, access)
     if remote:
         _refuse_local_inputs(inputs)
@@ -197,6 +191,10 @@ def prepare(options: AnnotateOptions) -> Job:
         planned = plan_inputs(inputs, options, access, finished, meter)
         meter.observe("list_usec", 1e6 * (time.monotonic() - listing_since))
         ledger.refuse_other_divisions(output, planned_again, planned.divided, finished)
+        # A process without a shard would load a student for nothing.
+        workers = replace(workers, processes=max(1, min(workers.processes, planned.todo.shards)))
+        if workers.processes > 1:
+            beam_options = _with_processes(options, workers.processes)
         if remote and beam_options.view_as(GoogleCloudOptions).template_location is None:
             # Before anything of the output is touched: a job may be at work on it.
             dataflow.refuse_second_job(options.output, beam_options)
@@ -419,61 +417,6 @@ def _refuse_other_student(checkpoint: str, baked: str | None, image: str) -> Non
         f"the image {image} carries the student {baked!r}, not {checkpoint!r}, and workers fetch none: "
         f"build it with CHECKPOINT={checkpoint}, or give a copy in gs:// as --checkpoint"
     )
-
-
-def _choose_device(options: AnnotateOptions, runner: str) -> tuple[dataflow.Workers, list[str]]:
-    """What workers compute on that are here, or on a cluster that this machine does not see."""
-    if runner in _CLUSTERS and options.devices is not None:
-        raise UsageError("--devices is for a run on this machine; a cluster has its own workers")
-    if runner in _CLUSTERS and options.device.startswith("cuda"):
-        if options.dtype in ("auto", "reduced"):
-            raise UsageError(
-                f"--device {options.device} is of the workers, which this machine does not see: say what "
-                "they compute in, --dtype bfloat16 (Ampere and later) or float16"
-            )
-        decoding = options.decode_processes or 0
-        return dataflow.Workers(
-            dataflow.NO_GPU, 0, options.device, options.dtype, decode_processes=decoding
-        ), []
-    device = choose_device(options.device)
-    dtype = options.dtype
-    if dtype != "reduced" or device.type == "cuda":  # else it depends on the checkpoint
-        dtype = str(choose_dtype(dtype, device)).removeprefix("torch.")
-    notes = []
-    if runner in _CLUSTERS and options.device == "auto":
-        notes.append(
-            f"the workers will compute on {device}, which is what this machine has; where they have "
-            "something else, say --device"
-        )
-    processes = 1 if options.devices is None else _processes(options.devices, device)
-    decoding = options.decode_processes
-    if decoding is None:
-        # A GPU scores more clips a second than one Python decodes; a CPU has no core to spare.
-        at_once = processes if options.devices else len(devices_of(str(device)))
-        share = len(os.sched_getaffinity(0)) // at_once
-        decoding = max(1, share - 1) if device.type == "cuda" and runner not in _CLUSTERS else 0
-    return dataflow.Workers(dataflow.NO_GPU, 0, str(device), dtype, processes, decoding), notes
-
-
-def _processes(asked: str, device: torch.device) -> int:
-    """How many worker processes `--devices` asks for."""
-    there = torch.cuda.device_count() if device.type == "cuda" else None
-    cores = len(os.sched_getaffinity(0))
-    if device.index is not None:
-        raise UsageError(f"--devices {asked} and --device {device} contradict each other: give one")
-    if asked == "all":
-        if there is None:
-            raise UsageError(
-                "--devices all asks for every GPU of this machine, and it has none that torch can use; "
-                "for several processes on its CPU: --device cpu --devices N"
-            )
-        return there
-    if not asked.isdigit() or not 1 <= int(asked) <= (there or cores):
-        most = f"{there} GPUs" if there else f"{cores} cores"
-        raise UsageError(
-            f"--devices {asked!r}: expected all, or a number up to the {most} of this machine"
-        )
-    return int(asked)
 
 
 def _with_processes(options: AnnotateOptions, processes: int) -> PipelineOptions:

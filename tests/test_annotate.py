@@ -28,6 +28,7 @@ from click.testing import CliRunner
 
 from pipeline import run as running
 from pipeline.cli import cli
+from pipeline.devices import processor_of
 from pipeline.options import AnnotateOptions, UsageError
 from student import CheckpointError, model
 from student.engine import choose_kernel
@@ -146,7 +147,8 @@ def test_what_stands_beside_the_clips(annotate, shards, tmp_path, tiny_checkpoin
     assert run["thresholds"]["Dog"] == 0.7
     assert run["computed_by"] == {
         "device": "cpu",
-        "kernel": choose_kernel(torch.device("cpu")),
+        "processor": processor_of(torch.device("cpu")),
+        "kernel": choose_kernel(torch.device("cpu"), hidden_size=32),
     }
     files = sorted((output / "clips").iterdir())
     assert [file.name.rsplit("-", 1)[0] for file in files] == ["a", "b"]

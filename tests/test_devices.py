@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import pytest
 import torch
 from apache_beam.options.pipeline_options import DirectOptions
 
+from pipeline.dataflow import NO_GPU, Workers
+from pipeline.devices import computed_by, processor_of
 from pipeline.options import AnnotateOptions, UsageError
 from pipeline.run import annotation_of, prepare
+from student.engine import choose_kernel
 from transforms.annotate import _devices_here
 from transforms.claim import claim_number
 
+WORKERS = Workers(NO_GPU, 0, "cpu", "float32")
 CLAIM = """
 import sys
 from pathlib import Path
@@ -66,10 +71,11 @@ def asked(
     encoded: Callable[..., bytes], noise: Callable[..., Any],
 ) -> Callable[..., Any]:  # fmt: skip
     """The job that `earmark annotate` would run with these options, or its refusal."""
-    tar = make_tar(tmp_path / "a.tar", [("a.wav", encoded(noise(4_000)))])
+    clip = encoded(noise(4_000))
+    tars = [str(make_tar(tmp_path / f"{name}.tar", [("a.wav", clip)])) for name in "abcd"]
 
     def prepared(**options: Any) -> Any:
-        given = {"inputs": (str(tar),), "output": str(tmp_path / "out"), "dry_run": True}
+        given = {"inputs": tuple(tars), "output": str(tmp_path / "out"), "dry_run": True}
         return prepare(AnnotateOptions(**{"checkpoint": str(tiny_checkpoint), **given, **options}))
 
     return prepared
@@ -79,6 +85,7 @@ def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
 
 
 def test_devices_all_is_a_process_for_each_gpu(
@@ -96,6 +103,27 @@ def test_devices_all_is_a_process_for_each_gpu(
     assert (two.processes, two.decode_processes) == (2, 31)
     assert asked().workers.processes == 1  # as ever: one process deals its threads over the GPUs
     assert asked(decode_processes=3).workers.decode_processes == 3
+
+
+def test_no_process_is_started_without_a_shard_for_it(
+    asked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpus(4, monkeypatch)
+    job = asked(devices="all", inputs=(str(tmp_path / "a.tar"), str(tmp_path / "b.tar")))
+    assert job.workers.processes == job.beam_options.view_as(DirectOptions).direct_num_workers == 2
+    job = asked(devices="all", inputs=(str(tmp_path / "a.tar"),))
+    assert job.workers.processes == job.beam_options.view_as(DirectOptions).direct_num_workers == 1
+
+
+def test_what_computed_is_named_and_why_reduced_is_float32() -> None:
+    narrow = replace(WORKERS, dtype="float32")
+    assert computed_by(narrow, "auto", 192) == {
+        "device": "cpu",
+        "processor": processor_of(torch.device("cpu")),
+        "kernel": choose_kernel(torch.device("cpu"), hidden_size=192),
+    }
+    assert "nothing faster" in computed_by(narrow, "reduced", 192)["dtype"]
+    assert processor_of(torch.device("cpu"))
 
 
 def test_a_process_takes_the_gpu_of_its_number(

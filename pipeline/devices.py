@@ -1,0 +1,104 @@
+"""What a run on this machine computes on: devices, processes, and what is known of them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from pipeline import dataflow
+from pipeline.options import AnnotateOptions, UsageError
+from student.engine import choose_kernel
+from student.model import choose_device, choose_dtype, devices_of
+
+CLUSTERS = ("portable", "flink", "spark")  # runners whose workers may be other machines
+
+
+def choose_workers_here(
+    options: AnnotateOptions, runner: str
+) -> tuple[dataflow.Workers, list[str]]:
+    """What workers compute on that are here, or on a cluster that this machine does not see."""
+    if runner in CLUSTERS and options.devices is not None:
+        raise UsageError("--devices is for a run on this machine; a cluster has its own workers")
+    if runner in CLUSTERS and options.device.startswith("cuda"):
+        if options.dtype in ("auto", "reduced"):
+            raise UsageError(
+                f"--device {options.device} is of the workers, which this machine does not see: say what "
+                "they compute in, --dtype bfloat16 (Ampere and later) or float16"
+            )
+        decoding = options.decode_processes or 0
+        return dataflow.Workers(
+            dataflow.NO_GPU, 0, options.device, options.dtype, decode_processes=decoding
+        ), []
+    device = choose_device(options.device)
+    dtype = options.dtype
+    if dtype != "reduced" or device.type == "cuda":  # else it depends on the checkpoint
+        dtype = str(choose_dtype(dtype, device)).removeprefix("torch.")
+    notes = []
+    if runner in CLUSTERS and options.device == "auto":
+        notes.append(
+            f"the workers will compute on {device}, which is what this machine has; where they have "
+            "something else, say --device"
+        )
+    processes = 1 if options.devices is None else processes_of(options.devices, device)
+    decoding = options.decode_processes
+    if decoding is None:
+        # A GPU scores more clips a second than one Python decodes; a CPU has no core to spare.
+        at_once = processes if options.devices else len(devices_of(str(device)))
+        share = len(os.sched_getaffinity(0)) // at_once
+        decoding = max(1, share - 1) if device.type == "cuda" and runner not in CLUSTERS else 0
+    return dataflow.Workers(dataflow.NO_GPU, 0, str(device), dtype, processes, decoding), notes
+
+
+def processes_of(asked: str, device: torch.device) -> int:
+    """How many worker processes `--devices` asks for."""
+    there = torch.cuda.device_count() if device.type == "cuda" else None
+    cores = len(os.sched_getaffinity(0))
+    if device.index is not None:
+        raise UsageError(f"--devices {asked} and --device {device} contradict each other: give one")
+    if asked == "all":
+        if there is None:
+            raise UsageError(
+                "--devices all asks for every GPU of this machine, and it has none that torch can use; "
+                "for several processes on its CPU: --device cpu --devices N"
+            )
+        return there
+    if not asked.isdigit() or not 1 <= int(asked) <= (there or cores):
+        most = f"{there} GPUs" if there else f"{cores} cores"
+        raise UsageError(
+            f"--devices {asked!r}: expected all, or a number up to the {most} of this machine"
+        )
+    return int(asked)
+
+
+def computed_by(workers: dataflow.Workers, asked_dtype: str, hidden_size: int) -> dict[str, str]:
+    """What `run.json` says of a run's device: its scores may differ in the last digits by it.
+
+    Args:
+        workers: of `choose_workers_here`, their dtype settled.
+        asked_dtype: what the user said.
+        hidden_size: how wide the student is.
+    """
+    device = torch.device(workers.device)
+    made = {
+        "device": workers.device,
+        "processor": processor_of(device),
+        "kernel": choose_kernel(device, getattr(torch, workers.dtype), hidden_size),
+    }
+    if asked_dtype == "reduced" and workers.dtype == "float32":
+        made["dtype"] = (
+            "float32: this processor has nothing faster that keeps this student's scores within 0.01"
+        )
+    return made
+
+
+def processor_of(device: torch.device) -> str:
+    """The name of a GPU, or of this machine's processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    facts = Path("/proc/cpuinfo")
+    named = facts.exists() and re.search(r"^model name\s*: (.+)$", facts.read_text(), re.M)
+    return named.group(1).strip() if named else platform.processor() or platform.machine()
