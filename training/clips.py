@@ -267,7 +267,7 @@ def decode(clip: EncodedClip, sample_rate: int) -> tuple[NDArray[np.int16], str]
     """(int16 [samples], "") of a clip, or (nothing, what is wrong with it)."""
     blocks, samples = [], 0
     try:
-        for block in AudioDecoder(clip.audio).mono(sample_rate):
+        for block in AudioDecoder(clip.audio).mono(sample_rate, clip.start_s, clip.end_s):
             blocks.append(block)
             samples += len(block)
             if samples > MAX_CLIP_S * sample_rate:
