@@ -83,15 +83,15 @@ def decode_clip(
             samples += len(chunk.waveform)
             if samples >= FRAME_SAMPLES:
                 yield chunk
-        if faults:
-            raise faults[0]
         if samples < FRAME_SAMPLES:
             raise ClipError(
                 "decode",
                 "TooShort",
                 f"{samples} samples at {features.sample_rate} Hz are less than one analysis "
-                f"frame of {FRAME_SAMPLES}",
+                f"frame of {FRAME_SAMPLES}{f'; {faults[0].message}' if faults else ''}",
             )
+        if faults:
+            raise faults[0]
     except ClipError as fault:
         error = fault
     facts = decoder.facts if decoder else None

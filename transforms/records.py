@@ -143,3 +143,15 @@ class ScoredClip:
     scores: NDArray[np.float32] | None  # [labels]
     embedding: NDArray[np.float32] | None  # [embedding_size], mean over the chunks
     chunks: list[tuple[float, float, NDArray[np.float32]]]  # (start_s, end_s, scores [labels])
+
+
+def name_of(clip: EncodedClip | UnreadableClip | ClipEnd) -> str:
+    """What a clip is called in its shard: by its name, or its member and which part of it."""
+    if clip.name is not None:
+        return clip.name
+    if clip.member is None:
+        return "(broken shard)"
+    if clip.start_s is None and clip.end_s is None:
+        return clip.member
+    end = "" if clip.end_s is None else f"{clip.end_s:.12g}"
+    return f"{clip.member}[{clip.start_s or 0:.12g}-{end}]"
