@@ -389,9 +389,10 @@ def match(
         take: list[int] = []
         of_rows = zip(row_names(batch, source), _column(batch, "error"), strict=True)
         for in_batch, (names, error) in enumerate(of_rows):
-            if error is not None:
+            # Of audio that decodes in part there are scores beside the error.
+            if error is not None and not _has_scores(batch.column("scores")[in_batch]):
                 errors[row] = f"{error['stage']}/{error['type']}"
-            if joining.meet(row, names) and error is None:
+            if joining.meet(row, names) and row not in errors:
                 places[row] = len(kept_ids) + len(take)
                 take.append(in_batch)
             row += 1
@@ -577,6 +578,11 @@ def _may_be_equal(one: Names, other: Names) -> bool:
         for names in (one, other)
     ]
     return not formats[0] & formats[1]
+
+
+def _has_scores(row: pa.ListScalar) -> bool:
+    values = row.values
+    return values is not None and len(values) > 0 and values.null_count == 0
 
 
 def score_matrix(column: pa.Array, source: Source) -> NDArray[np.float32]:

@@ -121,6 +121,30 @@ def cli() -> None:
     help="Exit with 1 when more than this share of all clips failed.",
 )
 @click.option(
+    "--max-clip-mb",
+    type=click.FloatRange(0, min_open=True),
+    default=AnnotateOptions.max_clip_mb,
+    show_default=True,
+    metavar="MB",
+    help="A clip of more encoded MB (MiB) is an error (TooLarge), and not decoded.",
+)
+@click.option(
+    "--max-duration-s",
+    type=click.FloatRange(0, min_open=True),
+    default=AnnotateOptions.max_duration_s,
+    show_default=True,
+    metavar="S",
+    help="Of a longer clip the first S seconds are tagged, and its row says so (TooLong).",
+)
+@click.option(
+    "--clip-timeout-s",
+    type=click.FloatRange(0, min_open=True),
+    default=AnnotateOptions.clip_timeout_s,
+    show_default=True,
+    metavar="S",
+    help="A clip that takes longer to decode is an error (TimedOut).",
+)
+@click.option(
     "--inputs-from",
     multiple=True,
     metavar="FILE",

@@ -21,6 +21,7 @@ from pipeline.rehearse import Rehearsal
 from pipeline.run import Job, Outcome
 from student.labels import is_audioset
 from transforms.progress import Progress, read_progress
+from transforms.records import ClipError
 from transforms.write import CLIPS_FOLDER
 
 _LOG_EVERY_S = 10.0  # where the output is no terminal
@@ -180,7 +181,8 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
     else:
         console.print("Nothing left to do: every shard is finished.")
     console.print(
-        f"The output holds {total.clips:,} clips, {total.clips - total.failed:,} scored and {total.failed:,} failed.",
+        f"The output holds {total.clips:,} clips, {total.clips - total.failed:,} scored "
+        f"and {total.failed:,} failed.",
         highlight=False,
         soft_wrap=True,
     )
@@ -188,8 +190,14 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
         console.print("No shard held any audio.", style="yellow")
     for reason, count in total.failures.most_common():
         stage, _, kind = reason.partition("/")
+        in_part = total.partial and ClipError(stage, kind, "").partial
         console.print(
-            f"  {count:,} failed to {stage}: {kind}", style="red", highlight=False, soft_wrap=True
+            f"  {count:,} in part only: {kind}"
+            if in_part
+            else f"  {count:,} failed to {stage}: {kind}",
+            style="yellow" if in_part else "red",
+            highlight=False,
+            soft_wrap=True,
         )
     if total.tags:
         table = Table("most frequent tags", "clips", box=None, header_style="bold", pad_edge=False)

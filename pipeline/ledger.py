@@ -75,6 +75,9 @@ def describe_run(
         "chunks": options.chunks,
         "embeddings": options.embeddings,
         "limit": options.limit,
+        "max_clip_mb": options.max_clip_mb,
+        "max_duration_s": options.max_duration_s,
+        "clip_timeout_s": options.clip_timeout_s,
     }
     return {
         "earmark": __version__,
@@ -264,6 +267,7 @@ def sum_up(
         "clips": total.clips,
         "tagged": total.clips - total.failed,
         "failed": total.failed,
+        "partial": total.partial,
         "failures": failures,
         "audio_s": round(total.audio_s, 3),
         "wall_s": round(wall_s, 3),

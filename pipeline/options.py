@@ -45,6 +45,9 @@ class AnnotateOptions:
     files_per_shard: int = 256
     overwrite: bool = False
     max_failure_ratio: float = 0.5
+    max_clip_mb: float = 4_096.0  # as `transforms.decode.Limits` has them; a test compares
+    max_duration_s: float = 86_400.0
+    clip_timeout_s: float = 600.0
     inputs_from: tuple[str, ...] = ()  # files that name more inputs
     billing_project: str | None = None
     kms_key: str | None = None

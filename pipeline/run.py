@@ -40,6 +40,7 @@ from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from student.model import DeviceError, settle_dtype
 from transforms.annotate import AnnotateShards, Annotation
 from transforms.checkpoint import local_checkpoint
+from transforms.decode import Limits
 from transforms.meter import NAMESPACE, Meter
 from transforms.output import LocalOutput, Output, open_output, remove_abandoned
 from transforms.records import Shard
@@ -514,6 +515,7 @@ def annotation_of(job: Job, progress_folder: str | None) -> Annotation:
         dtype=job.workers.dtype,
         worker_processes=job.workers.processes,
         decode_processes=job.workers.decode_processes,
+        limits=limits_of(job.options),
         pool=job.options.pool,
         rows=row_options(job),
         output=job.output.uri,
@@ -521,6 +523,15 @@ def annotation_of(job: Job, progress_folder: str | None) -> Annotation:
         versions=(("earmark-audio", __version__), ("apache-beam", beam.__version__)),
         access=job.access,
         progress_folder=progress_folder,
+    )
+
+
+def limits_of(options: AnnotateOptions) -> Limits:
+    """How much of one clip is decoded at most."""
+    return Limits(
+        clip_bytes=int(options.max_clip_mb * (1 << 20)),
+        duration_s=options.max_duration_s,
+        clip_timeout_s=options.clip_timeout_s,
     )
 
 

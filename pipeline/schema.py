@@ -83,10 +83,12 @@ _TRINO = _Types(
 )
 
 _CLIPS_DESCRIPTIONS = {
-    "clip_id": "Unique in the output: <shard_id>/<member>",
+    "clip_id": "Unique in the output: <shard_id>/<name or member>",
     "shard": "Tar, Parquet file or folder that the clip came from",
     "member": "Its name in the shard; null where a shard is broken between clips",
-    "duration_s": "Seconds of audio",
+    "start_s": "Where in the recording the clip begins, seconds; null: at its beginning",
+    "end_s": "Where in the recording the clip ends, seconds; null: at its end",
+    "duration_s": "Seconds of audio that were decoded",
     "sample_rate": "Hz, as decoded from the source",
     "channels": "Channels of the source",
     "codec": "Codec by ffmpeg's name",
@@ -100,7 +102,7 @@ _CLIPS_DESCRIPTIONS = {
     "tags.score": "Sigmoid score, 0 to 1",
     "scores": "Sigmoid score of every label, by labels.index; no values in a failed clip",
     "metadata": "JSON of what stood beside the clip",
-    "error": "Null when the clip is fine",
+    "error": "Null when the clip is fine; set beside scores where they are of a part of its audio",
     "error.stage": "read or decode",
     "error.type": "What kind of failure",
     "error.message": "What was said",

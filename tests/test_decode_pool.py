@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import gzip
 import io
@@ -25,7 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from student.feature_spec import FeatureSpec
-from transforms.decode import take_decode_s
+from transforms.decode import Limits, take_decode_s
 from transforms.decode_clip import decode_clips
 from transforms.decode_pool import DecodePool
 from transforms.read import read_clips
@@ -70,10 +71,6 @@ def sound_file(file):
 
 soundfile.SoundFile = sound_file
 """
-
-
-class Named(io.BytesIO):
-    name: str
 
 
 @pytest.fixture(scope="module")
@@ -279,20 +276,28 @@ def test_a_large_clip_in_memory_and_on_disk(
     assert still.name is None, "it was written to disk only to be decoded"
 
 
-def test_a_format_that_is_told_by_the_name_alone(
-    pools: Callable[[int], DecodePool], tmp_path: Path
+def test_a_part_of_a_recording(
+    pools: Callable[[int], DecodePool], noise: Noise, encoded: Encoded
 ) -> None:
-    """The bytes of G.722 could be anything's."""
-    content = np.random.default_rng(0).bytes(20_000)
-    (tmp_path / "a.g722").write_bytes(content)
-    shard = Shard("a", str(tmp_path), "files", 0, files=("a.g722",))
-    in_memory = Named(content)
-    in_memory.name = "a.g722"
-    named = EncodedClip("a", in_memory, len(content), "x", {})
-    by_file = [plain(event) for event in pools(1).decode(read_clips(shard))]
-    assert by_file == [plain(event) for event in decode_clips(read_clips(shard), FEATURES)]
-    assert given(pools(1), [named]) == expected([named])
-    assert len(by_file) == len(expected([named])) > 1
+    whole = clip("a", encoded(noise(100_000), format="flac"))
+    clips = [
+        dataclasses.replace(whole, start_s=1.5, end_s=4.25, name="bark"),
+        dataclasses.replace(whole, start_s=7.0),
+    ]
+    for one in clips:
+        assert given(pools(1), [one]) == expected([one])
+    bark, beyond = (ends(list(pools(1).decode(rewound([one]))))[0] for one in clips)
+    assert (bark.start_s, bark.end_s, bark.name, bark.duration_s) == (1.5, 4.25, "bark", 2.75)
+    assert beyond.error is not None and beyond.error.type == "OutOfRange"
+
+
+def test_the_limits_are_those_of_the_processes(noise: Noise, encoded: Encoded) -> None:
+    limits = Limits(clip_bytes=100_000, duration_s=2.0)
+    clips = [clip("a", encoded(noise(40_000))), clip("b", encoded(noise(60_000)))]
+    with DecodePool(FEATURES, 1, limits=limits) as pool:
+        found = [plain(event) for event in pool.decode(rewound(clips))]
+    assert found == [plain(event) for event in decode_clips(rewound(clips), FEATURES, limits)]
+    assert [event[-1][1] for event in found if event[0] in ("a", "b")] == ["TooLong", "TooLarge"]
 
 
 def test_a_clip_that_is_unpacked_as_it_is_read(

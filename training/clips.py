@@ -27,7 +27,7 @@ from training.presets import Recipe
 from training.request import Split
 from transforms.decode import AudioDecoder
 from transforms.read import read_clips
-from transforms.records import ClipError, EncodedClip, Shard, unique
+from transforms.records import ClipError, EncodedClip, Shard, name_of, unique
 from transforms.storage import DEFAULT_ACCESS, Access, forget_clients
 
 # A longer clip's scores say little about a piece of it: annotate it with --chunks, or cut it.
@@ -124,7 +124,7 @@ def find_clips(
             if limit is not None and read >= limit:
                 return found
             read += 1
-            clip_id = unique(f"{shard.id}/{clip.member or '(broken shard)'}", seen)
+            clip_id = unique(f"{shard.id}/{name_of(clip)}", seen)
             if not isinstance(clip, EncodedClip):
                 found.skipped[f"unreadable: {clip.error.type}"] += 1
                 continue
@@ -255,7 +255,7 @@ def read_sounds(
     for shard in shards:
         seen: dict[str, int] = {}
         for clip in read_clips(shard, access):
-            clip_id = unique(f"{shard.id}/{clip.member or '(broken shard)'}", seen)
+            clip_id = unique(f"{shard.id}/{name_of(clip)}", seen)
             row = rows.get(clip_id)
             if row is None or not isinstance(clip, EncodedClip):
                 continue
@@ -267,7 +267,7 @@ def decode(clip: EncodedClip, sample_rate: int) -> tuple[NDArray[np.int16], str]
     """(int16 [samples], "") of a clip, or (nothing, what is wrong with it)."""
     blocks, samples = [], 0
     try:
-        for block in AudioDecoder(clip.audio).mono(sample_rate):
+        for block in AudioDecoder(clip.audio).mono(sample_rate, clip.start_s, clip.end_s):
             blocks.append(block)
             samples += len(block)
             if samples > MAX_CLIP_S * sample_rate:

@@ -24,7 +24,7 @@ from student.feature_spec import FeatureSpec
 from student.model import Student, devices_of
 from transforms.checkpoint import local_checkpoint
 from transforms.claim import claim_number
-from transforms.decode import take_decode_s
+from transforms.decode import DEFAULT_LIMITS, Limits, take_decode_s
 from transforms.decode_clip import decode_clips
 from transforms.decode_pool import DecodePool
 from transforms.meter import NAMESPACE, Meter, Stopwatch
@@ -39,6 +39,7 @@ from transforms.records import (
     ScoredClip,
     Shard,
     UnreadableClip,
+    name_of,
     unique,
 )
 from transforms.score import Pool, score_clips
@@ -57,6 +58,7 @@ from transforms.write import (
 logger = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 2  # decoded chunks that wait for the model, in batches
+_GRACE_S = 5.0
 _REPORT_EVERY_S = 60.0  # how often a worker logs which side waits
 _METRICS_EVERY_S = 2.0  # how often counts go to Beam while a shard is under way
 
@@ -79,6 +81,7 @@ class Annotation:
     progress_folder: str | None = None  # where local workers leave their counts
     worker_processes: int = 1  # of one machine, each of which takes a device of its own
     decode_processes: int = 0  # of each worker thread; 0: it decodes in a thread beside it
+    limits: Limits = DEFAULT_LIMITS  # of one clip
 
 
 class AnnotateShards(beam.PTransform):
@@ -117,8 +120,16 @@ class _AnnotateShard(beam.DoFn):
         self._output = open_output(self._annotation.output, self._annotation.access, self._meter)
         self._progress = ProgressFile(self._annotation.progress_folder)
         self._reported_at = time.monotonic()
-        processes = self._annotation.decode_processes
-        self._pool = DecodePool(self._student.features, processes) if processes else None
+        self._pool = None
+        if self._annotation.decode_processes:
+            limits = self._annotation.limits
+            self._pool = DecodePool(
+                self._student.features,
+                self._annotation.decode_processes,
+                # The process itself ends what is slow; this is for what hangs inside of a codec.
+                clip_timeout_s=limits.clip_timeout_s + _GRACE_S,
+                limits=limits,
+            )
 
     def teardown(self) -> None:
         """Ends the processes that decode."""
@@ -320,7 +331,8 @@ def annotate_shard(
     options = annotation.rows
     clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
     ahead = _BATCHES_AHEAD * student.max_batch
-    decoded = read_ahead(_decoded(clips, student.features, watches, pool), ahead, meter)
+    decoding = _decoded(clips, student.features, annotation.limits, watches, pool)
+    decoded = read_ahead(decoding, ahead, meter)
     scored = score_clips(
         watches.audio.making(decoded),
         student,
@@ -382,12 +394,13 @@ class _Watches:
 def _decoded(
     clips: Iterable[EncodedClip | UnreadableClip],
     features: FeatureSpec,
+    limits: Limits,
     watches: _Watches,
     pool: DecodePool | None,
 ) -> Iterator[Chunk | ClipEnd]:
     """Chunks and clips, for the decoding thread: its stages are in `watches` once it ends."""
     reading = watches.reading.making(clips)
-    decoded = decode_clips(reading, features) if pool is None else pool.decode(reading)
+    decoded = decode_clips(reading, features, limits) if pool is None else pool.decode(reading)
     take_s = take_decode_s if pool is None else pool.take_decode_s
     take_s()
     try:
@@ -401,7 +414,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     seen: dict[str, int] = {}
     for clip in scored:
-        clip_id = unique(f"{shard.id}/{clip.clip.member or '(broken shard)'}", seen)
+        clip_id = unique(f"{shard.id}/{name_of(clip.clip)}", seen)
         yield clip_row(clip, shard, clip_id, student.labels, options)
 
 
@@ -410,13 +423,16 @@ def _counted(
 ) -> Iterator[ScoredClip]:
     for clip in scored:
         error = clip.clip.error
+        failed = error is not None and clip.scores is None
         meter.add("clips")
         meter.add("bytes_read", clip.clip.size_bytes)
-        if error is not None:
+        if error is not None and not failed:
+            meter.add("clips_partial")
+        elif error is not None:
             meter.add("clips_failed")
             meter.add(f"clips_failed_{error.stage}")
         progress.counts.clips += 1
-        progress.counts.failed += error is not None
+        progress.counts.failed += failed
         progress.counts.audio_s += clip.clip.duration_s or 0.0
         progress.counts.bytes += clip.clip.size_bytes
         progress.write()

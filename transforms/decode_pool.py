@@ -43,8 +43,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student.feature_spec import FeatureSpec
-from transforms.decode import take_decode_s
-from transforms.decode_clip import decode_clip
+from transforms.decode import DEFAULT_LIMITS, Limits, take_decode_s
+from transforms.decode_clip import decode_clip, undecoded_end, unreadable_end
 from transforms.readahead import read_ahead
 from transforms.records import Chunk, ClipEnd, ClipError, EncodedClip, UnreadableClip
 
@@ -61,6 +61,7 @@ _END_S = 5.0  # for a killed process to be gone
 _HEADER_BYTES = mmap.PAGESIZE
 _FACTS = ("codec", "sample_rate", "channels", "duration_s", "peak_dbfs", "rms_dbfs")
 _SPENT = ("read", "decode", "resample")
+_PartOf = tuple[float | None, float | None]  # start_s, end_s
 _BEGUN, _PROGRESS = 0, 1  # header: number of the clip under way, -1 for none; chunks made so far
 
 # The process is no child of `multiprocessing`, which would import the owner's main module in it:
@@ -84,6 +85,7 @@ class DecodePool:
         chunks_ahead: decoded chunks that each process may hold, 4 bytes a sample. With the
             defaults and AST's chunks that is 2.6 MB a process.
         clip_timeout_s: a clip is given up when no chunk of it came for so long.
+        limits: of each clip, which the process itself keeps to.
 
     Raises:
         ValueError: a number is below 1, or the time-out not above 0.
@@ -98,6 +100,7 @@ class DecodePool:
         clips_ahead: int = 4,
         chunks_ahead: int = 4,
         clip_timeout_s: float = 300.0,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         if min(processes, clips_ahead, chunks_ahead) < 1 or not clip_timeout_s > 0:
             raise ValueError(
@@ -117,7 +120,7 @@ class DecodePool:
         self._children: list[_Child] = []
         self._end = weakref.finalize(self, _end_all, self._children, os.getpid())
         for _ in range(processes):
-            self._children.append(_Child(features, clips_ahead, chunks_ahead))
+            self._children.append(_Child(features, clips_ahead, chunks_ahead, limits))
 
     @property
     def process_ids(self) -> list[int]:
@@ -222,7 +225,7 @@ class DecodePool:
         """Gives each clip to the child with the fewest; yields it once it is given."""
         for clip in clips:
             if isinstance(clip, UnreadableClip):
-                yield ClipEnd(clip.member, 0, None, clip.metadata, error=clip.error)
+                yield unreadable_end(clip)
                 continue
             with self._changed:
                 self._changed.wait_for(
@@ -243,8 +246,7 @@ class DecodePool:
                 sent = _Sent(
                     next(self._numbers),
                     child,
-                    ClipEnd(clip.member, clip.size_bytes, clip.xxh128, clip.metadata),
-                    str(getattr(clip.audio, "name", "<none>")),
+                    undecoded_end(clip),
                     place,
                     file,
                 )
@@ -369,7 +371,6 @@ class _Sent:
     number: int
     child: _Child
     end: ClipEnd  # without facts yet
-    name: str  # of the audio's file; ffmpeg's guess at the format heeds its suffix
     place: int
     file: int | None  # the clip's own, instead of the place
     given: int = 0  # chunks handed out, which a second try leaves out
@@ -386,8 +387,9 @@ class _Sent:
 class _Child:
     """A process, its shared memory, and the clips it has."""
 
-    def __init__(self, features: FeatureSpec, places: int, slots: int) -> None:
+    def __init__(self, features: FeatureSpec, places: int, slots: int, limits: Limits) -> None:
         self._features = features
+        self._limits = limits
         self._all_places = [_memory_file() for _ in range(places)]
         self.places = list(self._all_places)  # those that are free
         self.clips: deque[_Sent] = deque()  # in the order in which it decodes them
@@ -410,6 +412,7 @@ class _Child:
             "line": theirs.fileno(),
             "shared": self._shared,
             "features": dataclasses.asdict(self._features),
+            "limits": dataclasses.asdict(self._limits),
         }
         with contextlib.closing(theirs):
             self.process = subprocess.Popen(
@@ -437,9 +440,8 @@ class _Child:
 
     def give(self, sent: _Sent) -> None:
         by_file = sent.file is not None
-        self.say(
-            "clip", sent.number, sent.place, sent.end.size_bytes, sent.name, sent.given, by_file
-        )
+        part = sent.end.start_s, sent.end.end_s
+        self.say("clip", sent.number, sent.place, sent.end.size_bytes, part, sent.given, by_file)
         if sent.file is not None:
             with contextlib.suppress(OSError), _socket(self.line) as line:
                 socket.send_fds(line, [b"f"], [sent.file])
@@ -581,11 +583,11 @@ def _as_raised(pickled: bytes | None, text: str) -> Exception:
 # ------------------------------------------------------------- in the process
 
 
-def _serve(line: int, shared: int, features: dict[str, Any]) -> None:
+def _serve(line: int, shared: int, features: dict[str, Any], limits: dict[str, Any]) -> None:
     """Decodes what the owner gives until the owner is gone."""
     threading.Thread(target=_end_with_owner, args=(line,), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
-        _Decoding(Connection(line), shared, FeatureSpec(**features)).run()
+        _Decoding(Connection(line), shared, FeatureSpec(**features), Limits(**limits)).run()
 
 
 def _end_with_owner(line: int) -> None:
@@ -599,13 +601,16 @@ def _end_with_owner(line: int) -> None:
 class _Decoding:
     """The process's side: clips it has been given, slots that are free."""
 
-    def __init__(self, line: Connection, shared: int, features: FeatureSpec) -> None:
+    def __init__(
+        self, line: Connection, shared: int, features: FeatureSpec, limits: Limits
+    ) -> None:
         self._line = line
         self._incoming = select.poll()
         self._incoming.register(line.fileno(), select.POLLIN)
         self._header, self._slots = _views(shared, features.chunk_samples)
         self._features = features
-        self._clips: deque[tuple[int, BinaryIO | int, int, str, int]] = deque()
+        self._limits = limits
+        self._clips: deque[tuple[int, BinaryIO | int, int, _PartOf, int]] = deque()
         self._drop()
 
     def run(self) -> None:
@@ -626,11 +631,11 @@ class _Decoding:
         elif kind == "drop":
             self._drop()
         else:
-            number, source, size, name, skip, by_file = words
+            number, source, size, part, skip, by_file = words
             if by_file:
                 with _socket(self._line) as line:
                     source = open(socket.recv_fds(line, 1, 1)[1][0], "rb")  # noqa: SIM115
-            self._clips.append((number, source, size, name, skip))
+            self._clips.append((number, source, size, part, skip))
 
     def _drop(self) -> None:
         for _, source, *_ in self._clips:
@@ -640,15 +645,18 @@ class _Decoding:
         self._free = deque(range(len(self._slots)))
         self._dropped = True
 
-    def _decode(self, number: int, source: BinaryIO | int, size: int, name: str, skip: int) -> None:
+    def _decode(
+        self, number: int, source: BinaryIO | int, size: int, part: _PartOf, skip: int
+    ) -> None:
         """Decodes a clip, without its first `skip` chunks.
 
         A chunk is told of when the next one is there or the clip ends: a short clip is one word.
         """
         chunk = end = None
         try:
-            with contextlib.closing(_opened(source, size, name)) as audio:
-                for event in decode_clip(EncodedClip("", audio, size, "", {}), self._features):
+            with contextlib.closing(_opened(source, size)) as audio:
+                clip = EncodedClip("", audio, size, "", {}, *part)
+                for event in decode_clip(clip, self._features, self._limits):
                     if isinstance(event, ClipEnd):
                         end = _facts(event), take_decode_s()
                     elif skip:
@@ -679,22 +687,13 @@ class _Decoding:
         self._line.send_bytes(pickle.dumps(words, pickle.HIGHEST_PROTOCOL))
 
 
-class _Named(io.BytesIO):
-    """A clip in memory under the name that its file has at the owner's."""
-
-    name: str
-
-
-def _opened(source: BinaryIO | int, size: int, name: str) -> BinaryIO:
+def _opened(source: BinaryIO | int, size: int) -> BinaryIO:
     """A clip, from its start, out of a place or its own file."""
     if isinstance(source, int):
         with open(source, "rb", closefd=False) as place:
             place.seek(0)
-            audio = _Named(place.read(size))
-        audio.name = name
-        return audio
+            return io.BytesIO(place.read(size))
     source.seek(0)
-    source.raw.name = name  # type: ignore[attr-defined]  # of a file opened by its descriptor
     return source
 
 

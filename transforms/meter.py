@@ -23,6 +23,7 @@ COUNTERS = {
     "clips_failed": "clips whose row says why they have no scores",
     "clips_failed_read": "of these, those that could not be read from their shard",
     "clips_failed_decode": "of these, those that could not be decoded",
+    "clips_partial": "clips that have scores of a part of their audio, and whose row says why",
     "audio_seconds": "seconds of audio scored, whole seconds a shard",
     "bytes_read": "bytes of encoded audio",
     "bytes_written": "bytes of published Parquet",

@@ -8,9 +8,12 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+# Errors after which the audio that came before counts: it depends on the clip alone how much it is.
+_PARTIAL = ("Truncated", "TooLong")
+
 
 class ClipError(Exception):
-    """Why one clip has no scores; becomes the `error` of its row.
+    """Why one clip has no scores, or those of a part only; becomes the `error` of its row.
 
     `stage` is where it happened ("read" or "decode"), `type` a short stable
     name to group by, `message` one sentence without paths or memory addresses.
@@ -21,6 +24,11 @@ class ClipError(Exception):
         self.stage = stage
         self.type = type
         self.message = message
+
+    @property
+    def partial(self) -> bool:
+        """Whether what was decoded before is scored all the same."""
+        return self.type in _PARTIAL
 
 
 def as_text(raw: str) -> str:
@@ -126,9 +134,24 @@ class ClipEnd:
 
 @dataclass(frozen=True)
 class ScoredClip:
-    """A clip with the scores of its chunks pooled; no scores where `clip.error` is set."""
+    """A clip with the scores of its chunks pooled.
+
+    No scores where `clip.error` is set, unless that is of a part (`ClipError.partial`).
+    """
 
     clip: ClipEnd
     scores: NDArray[np.float32] | None  # [labels]
     embedding: NDArray[np.float32] | None  # [embedding_size], mean over the chunks
     chunks: list[tuple[float, float, NDArray[np.float32]]]  # (start_s, end_s, scores [labels])
+
+
+def name_of(clip: EncodedClip | UnreadableClip | ClipEnd) -> str:
+    """What a clip is called in its shard: by its name, or its member and which part of it."""
+    if clip.name is not None:
+        return clip.name
+    if clip.member is None:
+        return "(broken shard)"
+    if clip.start_s is None and clip.end_s is None:
+        return clip.member
+    end = "" if clip.end_s is None else f"{clip.end_s:.12g}"
+    return f"{clip.member}[{clip.start_s or 0:.12g}-{end}]"

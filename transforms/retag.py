@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,7 +70,7 @@ def retag_file(
             f"{place} is of another making than the run.json beside it; annotate once more into a new "
             "folder, and retag that"
         )
-    after = ShardSummary(before.clips, before.failed, before.audio_s, before.failures)
+    after = replace(before, tags=Counter())
     with contextlib.ExitStack() as opened:
         with _readable(place):
             file = opened.enter_context(

@@ -136,7 +136,8 @@ class _Pooled:
             self._chunks.append((chunk.start_s, chunk.end_s, scores))
 
     def finish(self, clip: ClipEnd) -> ScoredClip:
-        if clip.error is not None or self._scores is None:
+        failed = clip.error is not None and not clip.error.partial
+        if failed or self._scores is None:
             scored = ScoredClip(clip, None, None, [])
         else:
             scores = self._scores / (self._count if self._pool == "mean" else 1)

@@ -51,7 +51,7 @@ class Tag(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Why a clip has no scores: the `error` of docs/schema.md."""
+    """Why a clip has no scores, or those of a part: the `error` of docs/schema.md."""
 
     stage: str
     type: str
@@ -66,8 +66,10 @@ class TaggedClip:
     Two are equal when all but their `scores` are: the tags hold what counts of those.
     """
 
-    scores: NDArray[np.float32] | None = field(compare=False)  # [labels]; None with an error
-    tags: tuple[Tag, ...]  # highest first; empty with an error
+    scores: NDArray[np.float32] | None = field(
+        compare=False
+    )  # [labels]; None in a clip that failed
+    tags: tuple[Tag, ...]  # highest first; empty in a clip that failed
     duration_s: float | None
     sample_rate: int | None  # Hz, of the source
     channels: int | None  # of the source
@@ -291,12 +293,14 @@ class _Tagger:
             pool=self.pool,
             meter=meter,
         )
-        faults = [clip.error for clip in tagged if clip.error is not None]
+        faults = [clip.error for clip in tagged if clip.error is not None and clip.scores is None]
+        partial = sum(clip.error is not None for clip in tagged) - len(faults)
         Metrics.counter(NAMESPACE, "clips").inc(len(tagged))
         Metrics.counter(NAMESPACE, "clips_failed").inc(len(faults))
+        Metrics.counter(NAMESPACE, "clips_partial").inc(partial)
         for fault in faults:
             Metrics.counter(NAMESPACE, f"clips_failed_{fault.stage}").inc()
-        scored_s = sum(clip.duration_s or 0.0 for clip in tagged if clip.error is None)
+        scored_s = sum(clip.duration_s or 0.0 for clip in tagged if clip.scores is not None)
         Metrics.counter(NAMESPACE, "audio_seconds").inc(round(scored_s))
         return tagged
 

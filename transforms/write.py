@@ -49,15 +49,17 @@ class ShardSummary:
     """Totals of one shard; kept in its file's footer, so that nobody reads rows to count."""
 
     clips: int = 0
-    failed: int = 0
+    failed: int = 0  # without scores
     audio_s: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)  # "stage/type" -> clips
     tags: Counter[str] = field(default_factory=Counter)  # label name -> clips
+    partial: int = 0  # with scores and an error: of a part of their audio
 
     def add(self, other: ShardSummary) -> None:
         """Adds another shard's totals to these."""
         self.clips += other.clips
         self.failed += other.failed
+        self.partial += other.partial
         self.audio_s += other.audio_s
         self.failures.update(other.failures)
         self.tags.update(other.tags)
@@ -71,6 +73,8 @@ def clips_schema(labels: int, embedding_size: int, options: RowOptions) -> pa.Sc
         ("clip_id", pa.string()),
         ("shard", pa.string()),
         ("member", pa.string()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
         ("duration_s", pa.float64()),
         ("sample_rate", pa.int32()),
         ("channels", pa.int16()),
@@ -104,6 +108,8 @@ def clip_row(
         "clip_id": clip_id,
         "shard": as_text(shard.uri),
         "member": clip.member,
+        "start_s": clip.start_s,
+        "end_s": clip.end_s,
         "duration_s": clip.duration_s,
         "sample_rate": clip.sample_rate,
         "channels": clip.channels,
@@ -271,7 +277,8 @@ def _count(summary: ShardSummary, row: Mapping[str, Any]) -> None:
     summary.clips += 1
     summary.audio_s += row["duration_s"] or 0.0
     if row["error"] is not None:
-        summary.failed += 1
+        summary.failed += row["scores"] is None
+        summary.partial += row["scores"] is not None
         summary.failures[f"{row['error']['stage']}/{row['error']['type']}"] += 1
     summary.tags.update(tag["name"] for tag in row["tags"] or ())
 
