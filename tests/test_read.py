@@ -19,7 +19,8 @@ import pytest
 import xxhash
 
 from transforms import read
-from transforms.read import audio_column, count_tar_clips, is_audio, read_clips
+from transforms.read import count_tar_clips, is_audio, read_clips
+from transforms.read_table import audio_column
 from transforms.records import Shard, UnreadableClip
 
 MakeTar = Callable[..., Path]

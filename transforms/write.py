@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from student.labels import Label
 from transforms.output import Output
 from transforms.records import ScoredClip, Shard, as_text
+from transforms.storage import public_url
 
 ScoreType = Literal["float32", "float16"]
 
@@ -102,7 +103,7 @@ def clip_row(
     clip = scored.clip
     row: dict[str, Any] = {
         "clip_id": clip_id,
-        "shard": as_text(shard.uri),
+        "shard": as_text(public_url(shard.uri)),
         "member": clip.member,
         "duration_s": clip.duration_s,
         "sample_rate": clip.sample_rate,
