@@ -37,6 +37,7 @@ from transforms.records import Shard
 from transforms.storage import (
     CLOUD_STORAGE,
     DEFAULT_ACCESS,
+    HUB,
     WEB,
     Access,
     StorageError,
@@ -330,19 +331,22 @@ def _look_up(
         listed = list_cloud(common, access, folders=not deeper, meter=meter)
         return {file.path: file for file in listed if file.path in wanted}
 
-    def look(name: str) -> dict[str, Any]:
+    infos = _infos(fs, names)
+    return {name: _stored(name, info) for name, info in infos.items() if info["type"] == "file"}
+
+
+def _infos(fs: Any, names: list[str]) -> dict[str, dict[str, Any]]:
+    """fsspec's details of the names that are there, several looked up at a time."""
+
+    def look(name: str) -> dict[str, Any] | None:
         try:
             return dict(fs.info(name))
         except FileNotFoundError:
-            return {"type": "nothing"}
+            return None
 
     with ThreadPoolExecutor(_NAMES_AT_ONCE, "earmark-look-up") as pool:
-        infos = list(pool.map(look, names))
-    return {
-        name: _stored(name, info)
-        for name, info in zip(names, infos, strict=True)
-        if info["type"] == "file"
-    }
+        infos = zip(names, pool.map(look, names), strict=True)
+        return {name: info for name, info in infos if info is not None}
 
 
 def _cloud_matches(
@@ -376,9 +380,15 @@ def _fsspec_matches(fs: Any, path: str, pattern: str) -> Iterator[tuple[str, Sto
             # fsspec says that a file is not there whatever failed on the web.
             raise InputError(explain(cause, repr(public_url(pattern)))) from None
         if not _is_glob(path):
-            raise InputError(f"{public_url(pattern)!r} does not exist") from None
+            said = (
+                f": {error}" if pattern.startswith(HUB) else ""
+            )  # is it the repository, the revision?
+            raise InputError(f"{public_url(pattern)!r} does not exist{said}") from None
         root, named_suffix = _root_of_glob(path)
-        for match, details in sorted(fs.glob(path, detail=True).items()):
+        matches = fs.glob(path, detail=True)
+        if path.startswith(WEB):  # a page's links have no sizes
+            matches |= _infos(fs, list(matches))
+        for match, details in sorted(matches.items()):
             if _is_hidden(match, root):
                 continue
             if details["type"] == "directory":
@@ -388,6 +398,8 @@ def _fsspec_matches(fs: Any, path: str, pattern: str) -> Iterator[tuple[str, Sto
                 yield root, _stored(match, details), named
         return
     except OSError as error:
+        if not isinstance(fs, LocalFileSystem):
+            raise
         raise InputError(f"{pattern!r} cannot be read: {error.strerror or error}") from error
     if info["type"] == "directory":
         yield from _walk(fs, path, path)

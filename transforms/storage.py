@@ -35,6 +35,7 @@ from transforms.meter import Meter
 
 CLOUD_STORAGE = ("gs://", "gcs://")
 WEB = ("http://", "https://")
+HUB = "hf://"
 
 MAX_TRIES = 8  # with the waits below, half a minute to a minute
 FIRST_WAIT_S = 0.5
@@ -446,7 +447,8 @@ def explain(error: BaseException, what: str) -> str:
             f"{what} needs AWS credentials and there are none: set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         )
-    if "Range Not Satisfiable" in text or getattr(error, "code", None) == 416:
+    status = error.status if hasattr(error, "status") else getattr(error, "code", None)
+    if "Range Not Satisfiable" in text or status == 416:
         return f"{what} is shorter than it was listed: it was replaced since; run again"
     if type(error).__name__ == "DefaultCredentialsError":
         return (
