@@ -370,7 +370,7 @@ def test_braces_and_paths_on_s3(make_tar: Any, tmp_path: Path) -> None:
         rows = pa.table({"x": pa.StructArray.from_arrays([names], ["path"])})
         features = json.dumps({"info": {"features": {"x": {"_type": "Audio"}}}})
         pq.write_table(
-            table.replace_schema_metadata({"huggingface": features}), tmp_path / "x.parquet"
+            rows.replace_schema_metadata({"huggingface": features}), tmp_path / "x.parquet"
         )
         s3.put("inputs", "x.parquet", (tmp_path / "x.parquet").read_bytes())
         s3.put("inputs", "loose/a.wav", b"A")
