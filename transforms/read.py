@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import posixpath
+import stat
 import tarfile
 import tempfile
 from collections import deque
@@ -184,16 +187,20 @@ def _files_beside(shard: Shard, access: Access, meter: Meter | None) -> OpenFile
         try:
             fs, name = open_file_system(place, access)
             if isinstance(fs, LocalFileSystem):
+                if not stat.S_ISREG(os.stat(name).st_mode):  # a pipe would never end
+                    raise ClipError("read", "NoFile", "the path names a folder or device, no file")
                 return _seekable(cast(BinaryIO, fs.open(name, "rb")))
             size = patiently(lambda: fs.info(name), place, "read_retries", meter)["size"]
             if size is None:
                 raise ValueError(f"the server does not say how large {public_url(place)} is")
             with open_remote(fs, name, size, in_order=True, meter=meter) as stream:
                 return _spool(stream)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             message = "the row holds no audio bytes, and the file that its path names is not there"
             raise ClipError("read", "FileNotFound", message) from error
-        except (PermissionError, IsADirectoryError) as error:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
+                raise
             message = f"the file that the path names cannot be opened: {error.strerror}"
             raise ClipError("read", type(error).__name__, message) from error
         except (ImportError, ValueError) as error:

@@ -23,6 +23,7 @@ from transforms.audio_bytes import AUDIO_FIELDS, is_audio_bytes, wav_of
 from transforms.records import ClipError, EncodedClip, UnreadableClip, as_text
 
 _PARQUET_ROWS = 16  # rows of a Parquet file held at a time
+_NO_THREADS = pa.ipc.IpcReadOptions(use_threads=False)  # as in `open_parquet`
 _PEEK_ROWS = 8  # first rows of a column of bytes whose name tells nothing
 
 Clips = Iterator[EncodedClip | UnreadableClip]
@@ -205,9 +206,9 @@ def open_arrow(stream: BinaryIO) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     magic = stream.read(6)
     stream.seek(0)
     if magic == b"ARROW1":
-        file = pa.ipc.open_file(stream)
+        file = pa.ipc.open_file(stream, options=_NO_THREADS)
         return file.schema, (file.get_batch(n) for n in range(file.num_record_batches))
-    reader = pa.ipc.open_stream(stream)
+    reader = pa.ipc.open_stream(stream, options=_NO_THREADS)
     return reader.schema, iter(reader)
 
 
@@ -236,7 +237,7 @@ def count_arrow_rows(stream: BinaryIO, enough: int) -> int:
 
 
 def read_arrow(stream: BinaryIO, open_file: OpenFile) -> Clips:
-    """Clips row by row, a batch of the file in memory at a time (1,000 rows where `datasets` wrote it).
+    """Clips row by row, a batch in memory at a time (100 rows where `datasets` wrote it).
 
     Where the file breaks, one `UnreadableClip` follows the rows before.
     """
