@@ -25,6 +25,7 @@ from transforms.decode import RESAMPLE_QUALITY
 from transforms.output import Output, publish_bytes, remove_output
 from transforms.records import Shard, as_text
 from transforms.shards import outdated, source_of
+from transforms.storage import public_name, public_url
 from transforms.write import CLIPS_FOLDER, RUN_FILE, ShardSummary, read_summary
 
 LABELS_FILE = "labels.parquet"
@@ -93,7 +94,7 @@ def describe_run(
         },
         "scoring": scoring,
         "thresholds": {label.name: t for label, t in zip(checkpoint.labels, thresholds, strict=True)},
-        "inputs": [as_text(pattern) for pattern in options.inputs],
+        "inputs": [as_text(public_url(pattern)) for pattern in options.inputs],
         "options": {
             name: value
             for name, value in asdict(options).items()
@@ -217,7 +218,11 @@ def refuse_other_divisions(
     doubtful = outdated({source_of(shard_id) for shard_id in divided}, finished - divided)
     if not doubtful:
         return
-    files = {(as_text(s.uri), as_text(file)) for s in planned() for file in s.files}
+    files = {
+        (as_text(public_url(s.uri)), as_text(public_name(s.uri, file)))
+        for s in planned()
+        for file in s.files
+    }
     for shard_id in doubtful:
         name = f"{CLIPS_FOLDER}/{shard_id}.parquet"
         with output.open(name) as stream:

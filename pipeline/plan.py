@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pipeline.options import AnnotateOptions, UsageError
 from transforms.meter import Meter
-from transforms.records import Shard
+from transforms.records import WHOLE_FILES, Shard
 from transforms.shards import find_shards, limit_shards, pack_shards, unpack_shards
 from transforms.storage import Access, read_all
 
@@ -53,7 +53,7 @@ def plan_inputs(
         nonlocal clips
         for shard in shards_of(inputs, options, access, planned.ignored, meter):
             planned.size_bytes += shard.size_bytes
-            if shard.kind != "tar":
+            if shard.kind not in WHOLE_FILES:
                 planned.divided.add(shard.id)
             if shard.id in finished:
                 planned.skipped += 1

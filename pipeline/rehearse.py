@@ -20,6 +20,7 @@ from transforms.output import check_writable
 from transforms.read import read_clips
 from transforms.records import ScoredClip
 from transforms.score import score_clips
+from transforms.storage import public_url
 from transforms.write import tags_of
 
 _TRIED_CLIPS = 8  # of the first shard, until one can be tagged
@@ -88,5 +89,7 @@ def _tag_one(job: Job, student: Student) -> ScoredClip | None:
                 if found.scores is not None and np.isfinite(found.scores).all():
                     break
     except OSError as error:
-        raise UsageError(f"{shard.uri!r} cannot be read: {error.strerror or error}") from error
+        raise UsageError(
+            f"{public_url(shard.uri)!r} cannot be read: {error.strerror or error}"
+        ) from error
     return found

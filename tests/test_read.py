@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import bz2
 import datetime
 import gzip
 import io
+import lzma
 import math
 import os
+import subprocess
 import tarfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 import xxhash
+import zstandard
 
 from transforms import read
-from transforms.read import audio_column, count_tar_clips, is_audio, read_clips
+from transforms.read import count_tar_clips, is_audio, read_clips
+from transforms.read_table import audio_column
 from transforms.records import Shard, UnreadableClip
+from transforms.shards import plan_shards
 
 MakeTar = Callable[..., Path]
 Members = list[tuple[str, bytes]]
@@ -284,6 +292,111 @@ def test_a_compressed_tar_with_a_wrong_checksum_is_an_error(
     ]
 
 
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": partial(bz2.compress, compresslevel=1),  # blocks of 100,000 bytes
+    "xz": partial(lzma.compress, preset=0),
+    "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *(("a.tar.zst", "zst"), ("a.tzst", "zst"), ("a.tar.bz2", "bz2"), ("a.tbz2", "bz2")),
+        *(("a.tbz", "bz2"), ("a.tar.xz", "xz"), ("A.TXZ", "xz"), ("a.tgz", "gz"), ("a.tar", "zst")),
+    ],
+)
+def test_tars_are_read_in_whatever_they_are_packed(
+    tmp_path: Path, make_tar: MakeTar, name: str, form: str
+) -> None:
+    content = make_tar(tmp_path / "plain", numbered(6)).read_bytes()
+    expected = clips(shard("tar", tmp_path / "plain"))
+    (tmp_path / name).write_bytes(PACKERS[form](content))
+    (planned,) = plan_shards([str(tmp_path / name)]).shards
+    assert planned.kind == "tar"
+    assert planned.id.startswith(("a-", "A.TXZ-"))
+    assert clips(planned) == expected
+    # Parts that were packed one by one, as several threads do.
+    parts = [content[:1_000], content[1_000:2_000], content[2_000:]]
+    (tmp_path / name).write_bytes(b"".join(map(PACKERS[form], parts)))
+    assert clips(planned) == expected
+
+
+@pytest.mark.parametrize("form", PACKERS)
+@pytest.mark.parametrize("part", [1, 5, 10, 15, 19])
+def test_a_packed_tar_that_is_cut_gives_the_clips_before_the_cut(
+    tmp_path: Path, make_tar: MakeTar, form: str, part: int
+) -> None:
+    random = np.random.default_rng(0)
+    members = [(f"{number}.wav", random.bytes(50_000)) for number in range(20)]
+    content = PACKERS[form](make_tar(tmp_path / "plain", members).read_bytes())
+    (tmp_path / "a.tar").write_bytes(content[: len(content) * part // 20])
+    *before, broken = clips(shard("tar", tmp_path / "a.tar"))
+    assert (broken[0], broken[2:]) == ("unreadable", ("BrokenShard", {}))
+    assert [(name, audio) for name, audio, _ in before] == members[: len(before)]
+    assert len(before) >= part - 5  # nothing comes of a block that is not whole
+
+
+@pytest.mark.parametrize("form", PACKERS)
+def test_a_packed_tar_with_a_wrong_byte_is_an_error(
+    tmp_path: Path, make_tar: MakeTar, form: str
+) -> None:
+    content = bytearray(PACKERS[form](make_tar(tmp_path / "plain", numbered(3)).read_bytes()))
+    content[-6 if form != "xz" else len(content) // 2] ^= 0x10
+    (tmp_path / "a.tar").write_bytes(content)
+    assert clips(shard("tar", tmp_path / "a.tar"))[-1][2] == "BrokenShard"
+
+
+def test_what_webdataset_writes_is_read_as_it_reads_it(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "x-000000.tar")) as writer:
+        writer.write(
+            {"__key__": "a/0001", "flac": b"A", "json": {"text": ["a dog"], "tag": ["dog"]}}
+        )
+        writer.write({"__key__": "a/0002", "voice.wav": b"B", "music.wav": b"C", "txt": "two"})
+        writer.write(
+            {"__key__": "--04kMEQOAs_0", "000_10.000.wav": b"D", "000_10.000.json": {"n": 1}}
+        )
+    ours = clips(shard("tar", tmp_path / "x-000000.tar"))
+    assert ours == [
+        ("a/0001.flac", b"A", {"text": ["a dog"], "tag": ["dog"]}),
+        ("a/0002.music.wav", b"C", {"txt": "two"}),
+        ("a/0002.voice.wav", b"B", {"txt": "two"}),
+        ("--04kMEQOAs_0.000_10.000.wav", b"D", {"n": 1}),
+    ]
+    theirs = webdataset.WebDataset(str(tmp_path / "x-000000.tar"), shardshuffle=False)
+    found = [
+        value
+        for sample in theirs
+        for name, value in sample.items()
+        if name.endswith(("wav", "flac"))
+    ]
+    assert sorted(found) == [audio for _, audio, _ in sorted(ours, key=lambda clip: clip[1])]
+
+
+def test_a_sparse_member_and_old_headers_are_read(tmp_path: Path) -> None:
+    """As GNU tar writes a file with holes, and as version 7 wrote all."""
+    (tmp_path / "a.wav").write_bytes(b"")
+    with (tmp_path / "a.wav").open("r+b") as file:
+        for place in (0, 1 << 20, 3 << 20):
+            file.seek(place)
+            file.write(b"sound" * 1_000)
+    (tmp_path / "b.wav").write_bytes(b"B" * 700)
+    content = (tmp_path / "a.wav").read_bytes()
+    for format in ("gnu", "oldgnu", "posix", "v7"):
+        options = ["--sparse"] if format in ("gnu", "oldgnu", "posix") else []
+        subprocess.run(
+            ["tar", f"--format={format}", *options, "-cf", "x.tar", "a.wav", "b.wav"],
+            cwd=tmp_path,
+            check=True,
+        )
+        sparse = (tmp_path / "x.tar").stat().st_size < len(content)
+        assert clips(shard("tar", tmp_path / "x.tar"))[-2:] == [
+            ("a.wav", content, {}), ("b.wav", b"B" * 700, {})
+        ], format  # fmt: skip
+        assert sparse == bool(options)
+
+
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names_that_are_not_utf8_become_valid_text(tmp_path: Path, format: int) -> None:
     with tarfile.open(tmp_path / "a.tar", "w", format=format, errors="surrogateescape") as tar:
@@ -489,12 +602,12 @@ def test_a_row_without_bytes_is_an_error_of_its_own(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", rows, n=[1, 2, 3, 4])
     assert clips(shard("parquet", file)) == [
         ("a.wav", b"A", {"n": 1}),
-        ("unreadable", "b.wav", "NoBytes", {"n": 2}),
+        ("unreadable", "b.wav", "FileNotFound", {"n": 2}),
         ("unreadable", "row-00000002", "NoBytes", {"n": 3}),
         ("d.wav", b"", {"n": 4}),
     ]
     assert messages(shard("parquet", file)) == [
-        "the row holds no audio bytes, only a path: write the Parquet with the bytes embedded",
+        "the row holds no audio bytes, and the file that its path names is not there",
         "the row holds no audio bytes, and no path",
     ]
 
@@ -555,9 +668,9 @@ def test_a_large_binary_column_is_audio_too(tmp_path: Path) -> None:
         ([("first", AUDIO), ("second", AUDIO)], "first"),
         ([("first", AUDIO), ("audio", AUDIO)], "audio"),
         ([("sound", pa.struct([("bytes", pa.binary())]))], "sound"),
-        ([("audio", pa.binary())], None),
+        ([("audio", pa.binary())], "audio"),
         ([("audio", pa.struct([("bytes", pa.string())]))], None),
-        ([("audio", pa.struct([("path", pa.string())]))], None),
+        ([("audio", pa.struct([("path", pa.string())]))], "audio"),
         ([], None),
     ],
     ids=str,

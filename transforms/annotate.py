@@ -43,7 +43,7 @@ from transforms.records import (
     unique,
 )
 from transforms.score import Pool, score_clips
-from transforms.storage import DEFAULT_ACCESS, Access
+from transforms.storage import DEFAULT_ACCESS, Access, public_url
 from transforms.write import (
     CLIPS_FOLDER,
     RowOptions,
@@ -326,7 +326,7 @@ def annotate_shard(
         meter.add("shards_published_by_another")
         return read_summary(output, name)[0]
     # Where a clip takes the whole process down, this line is what names its shard.
-    logger.info("begins %s", shard.uri)
+    logger.info("begins %s", public_url(shard.uri))
     watches = _Watches()
     options = annotation.rows
     clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)

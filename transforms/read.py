@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import gzip
+import errno
 import io
 import json
-import math
+import os
 import posixpath
-import sys
+import stat
 import tarfile
 import tempfile
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
+from fsspec.implementations.local import LocalFileSystem
 
 from transforms.meter import Meter
+from transforms.read_table import OpenFile, read_arrow, read_parquet
+from transforms.read_tfrecord import read_tfrecord
+from transforms.read_zip import read_zip
 from transforms.records import ClipError, EncodedClip, Shard, UnreadableClip, as_text
-from transforms.storage import DEFAULT_ACCESS, Access, is_local, open_file_system, open_remote
+from transforms.storage import (
+    DEFAULT_ACCESS,
+    Access,
+    is_local,
+    open_file_system,
+    open_remote,
+    patiently,
+    public_name,
+    public_url,
+)
+from transforms.unpack import DamagedStream, unpacked
 
 AUDIO_SUFFIXES = frozenset(
     ".3gp .aac .ac3 .aif .aifc .aiff .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp3 "
@@ -36,7 +47,6 @@ MAX_METADATA_BYTES = 1 << 20  # a sibling file larger than this is no metadata
 _BLOCK_BYTES = 1 << 20
 _IN_MEMORY_BYTES = 32 << 20  # a larger encoded clip waits on disk while it is decoded
 _FILES_AHEAD = 8  # remote files fetched at a time, in memory or on disk as `_IN_MEMORY_BYTES` says
-_PARQUET_ROWS = 16  # rows of a Parquet file held at a time
 _MAX_SAMPLE_CLIPS = 16  # clips of one key held while their metadata may still come
 
 Clips = Iterator[EncodedClip | UnreadableClip]
@@ -70,14 +80,29 @@ def read_clips(shard: Shard, access: Access = DEFAULT_ACCESS, meter: Meter | Non
     with open_shard(shard, access, meter) as stream:
         if shard.kind == "tar":
             yield from _read_tar(stream)
+        elif shard.kind == "tfrecord":
+            yield from read_tfrecord(stream)
+        elif shard.kind == "zip":
+            yield from read_zip(stream, is_audio, _spool)
+        elif shard.kind == "arrow":
+            yield from read_arrow(stream, _files_beside(shard, access, meter))
         else:
-            yield from _read_parquet(stream, shard.row_groups)
+            yield from read_parquet(stream, shard.row_groups, _files_beside(shard, access, meter))
 
 
 def open_shard(
-    shard: Shard, access: Access = DEFAULT_ACCESS, meter: Meter | None = None
+    shard: Shard,
+    access: Access = DEFAULT_ACCESS,
+    meter: Meter | None = None,
+    in_order: bool | None = None,
 ) -> BinaryIO:
-    """The tar or Parquet file of a shard, open for reading.
+    """The file of a shard that is one, open for reading.
+
+    Args:
+        shard: whose.
+        access: how remote storage is used.
+        meter: counts `read_retries`.
+        in_order: whether it will be read from start to end; None: as its kind is.
 
     Raises:
         OSError: it cannot be opened.
@@ -86,7 +111,8 @@ def open_shard(
     if is_local(shard.uri):
         return cast(BinaryIO, fs.open(path, "rb"))
     size = shard.file_sizes[0] if shard.file_sizes else shard.size_bytes
-    in_order = shard.kind == "tar"
+    if in_order is None:
+        in_order = shard.kind in ("tar", "arrow", "tfrecord")
     return open_remote(fs, path, size, checksum=shard.checksum, in_order=in_order, meter=meter)
 
 
@@ -136,7 +162,7 @@ def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Cli
                 if not coming:
                     return
                 name, fetched = coming.popleft()
-                member = as_text(name)
+                member = as_text(public_name(shard.uri, name))
                 try:
                     audio, digest, size = fetched.result()
                 except FileNotFoundError:
@@ -148,6 +174,40 @@ def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Cli
         finally:
             for _, fetched in coming:
                 fetched.cancel()
+
+
+def _files_beside(shard: Shard, access: Access, meter: Meter | None) -> OpenFile:
+    """Opens the files that a table names: relative to its folder, absolute, or at URLs."""
+    folder = posixpath.dirname(shard.uri)
+
+    def open_file(path: str) -> tuple[BinaryIO, str, int]:
+        place = path if "://" in path else posixpath.join(folder, path)
+        if path.startswith("/") and not is_local(folder):
+            raise ClipError("read", "NotReachable", "the path is one of another machine")
+        try:
+            fs, name = open_file_system(place, access)
+            if isinstance(fs, LocalFileSystem):
+                if not stat.S_ISREG(os.stat(name).st_mode):  # a pipe would never end
+                    raise ClipError("read", "NoFile", "the path names a folder or device, no file")
+                return _seekable(cast(BinaryIO, fs.open(name, "rb")))
+            size = patiently(lambda: fs.info(name), place, "read_retries", meter)["size"]
+            if size is None:
+                raise ValueError(f"the server does not say how large {public_url(place)} is")
+            with open_remote(fs, name, size, in_order=True, meter=meter) as stream:
+                return _spool(stream)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            message = "the row holds no audio bytes, and the file that its path names is not there"
+            raise ClipError("read", "FileNotFound", message) from error
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
+                raise
+            message = f"the file that the path names cannot be opened: {error.strerror}"
+            raise ClipError("read", type(error).__name__, message) from error
+        except (ImportError, ValueError) as error:
+            message = f"the place that the path names cannot be opened: {error}"
+            raise ClipError("read", "NotReachable", message) from error
+
+    return open_file
 
 
 # ---------------------------------------------------------------------- tars
@@ -183,10 +243,12 @@ def _read_tar(stream: BinaryIO) -> Clips:
     """
     sample = _Sample("")
     members, reading, name = 0, False, None
-    plain, mode = _uncompressed(stream)
+    # Unpacked here: tarfile reads only the first part of a concatenated gzip, checks no checksum
+    # and knows no Zstandard.
+    plain = unpacked(stream)
     try:
         with tarfile.open(
-            fileobj=plain, mode=mode, tarinfo=_StrictTarInfo, errors="surrogateescape"
+            fileobj=plain, mode="r|", tarinfo=_StrictTarInfo, errors="surrogateescape"
         ) as tar:
             for info in tar:
                 members += 1
@@ -209,9 +271,9 @@ def _read_tar(stream: BinaryIO) -> Clips:
                     content = cast(BinaryIO, tar.extractfile(info))
                     sample.add_metadata(name, content.read())
                 reading = False
-        while plain.read(_BLOCK_BYTES):  # to the end, where gzip keeps its checksum
+        while plain.read(_BLOCK_BYTES):  # to the end, where a packed file keeps its checksum
             pass
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, DamagedStream) as error:
         yield from sample.take_all()
         # To the end, where a remote file's checksum is compared: what broke may be the way here.
         while stream.read(_BLOCK_BYTES):
@@ -273,36 +335,6 @@ class _Sample:
                 yield EncodedClip(member, file, size, digest, metadata)
 
 
-class _Gzip(gzip.GzipFile):
-    """Gives what can be unpacked of a gzip that is cut, before it raises EOFError."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        pieces: list[bytes] = []
-        left = sys.maxsize if size is None or size < 0 else size
-        while left > 0:
-            try:
-                piece = self.read1(min(left, _BLOCK_BYTES))
-            except EOFError:
-                if not pieces:
-                    raise
-                break
-            if not piece:
-                break
-            pieces.append(piece)
-            left -= len(piece)
-        return b"".join(pieces)
-
-
-def _uncompressed(stream: BinaryIO) -> tuple[BinaryIO, Literal["r|", "r|*"]]:
-    """The stream and tarfile's mode for it. gzip is unpacked here: tarfile reads only the
-    first member of a concatenated one, and checks no checksum."""
-    magic = stream.read(2)
-    stream.seek(0)
-    if magic == b"\x1f\x8b":
-        return cast(BinaryIO, _Gzip(fileobj=stream)), "r|"
-    return stream, "r|*"
-
-
 def _reason(error: Exception) -> str:
     text = str(error)
     if "unexpected end of data" in text:
@@ -324,115 +356,6 @@ def _sibling(suffix: str, content: bytes) -> dict[str, Any]:
             return {"json": text}
         return parsed if isinstance(parsed, dict) else {"json": parsed}
     return {suffix[1:]: text.strip()}
-
-
-# ------------------------------------------------------------------- Parquet
-
-
-def audio_column(schema: pa.Schema) -> str | None:
-    """The column that holds encoded audio as Hugging Face stores it: struct<bytes, path>.
-
-    Of several, the one named `audio`, else the first.
-    """
-    columns = [
-        field.name
-        for field in schema
-        if pa.types.is_struct(field.type)
-        and field.type.get_field_index("bytes") >= 0
-        and (
-            pa.types.is_binary(field.type.field("bytes").type)
-            or pa.types.is_large_binary(field.type.field("bytes").type)
-        )
-    ]
-    return "audio" if "audio" in columns else next(iter(columns), None)
-
-
-def is_damage(error: Exception) -> bool:
-    """Whether pyarrow failed over the content of a file, rather than over reaching it.
-
-    For damaged pages and footers it raises OSError too, then without an errno.
-    """
-    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
-
-
-def _read_parquet(stream: BinaryIO, row_groups: tuple[int, int] | None) -> Clips:
-    """Clips row by row. A damaged row group is one `UnreadableClip`; the next ones are read."""
-    try:
-        # Arrow's threads must not hold a Python file: one could abort the process as it ends.
-        parquet = pq.ParquetFile(stream, pre_buffer=False)
-        column = audio_column(parquet.schema_arrow)
-        if column is None:
-            raise pa.ArrowInvalid("it has no audio column")
-    except (pa.ArrowException, OSError) as error:
-        if not is_damage(error):
-            raise
-        yield _broken_parquet("the Parquet file is broken", error)
-        return
-    rows = [parquet.metadata.row_group(g).num_rows for g in range(parquet.metadata.num_row_groups)]
-    first, end = row_groups or (0, len(rows))
-    for group in range(first, end):
-        row = sum(rows[:group])
-        try:
-            for batch in parquet.iter_batches(
-                batch_size=_PARQUET_ROWS, row_groups=[group], use_threads=False
-            ):
-                for position in range(batch.num_rows):
-                    yield _parquet_clip(row, batch, position, column)
-                    row += 1
-        except (pa.ArrowException, OSError) as error:
-            if not is_damage(error):
-                raise
-            lost = f"rows {row} to {sum(rows[: group + 1]) - 1}"
-            yield _broken_parquet(f"row group {group} is broken, {lost} are lost", error)
-
-
-def _broken_parquet(what: str, error: Exception) -> UnreadableClip:
-    reason = (str(error).splitlines() or [""])[0]
-    return UnreadableClip(None, ClipError("read", "BrokenShard", f"{what}: {reason}"), {})
-
-
-def _parquet_clip(
-    row: int, batch: pa.RecordBatch, position: int, column: str
-) -> EncodedClip | UnreadableClip:
-    cell = batch.column(column)[position]
-    content = cell["bytes"].as_py() if cell.is_valid else None
-    path = _value(cell["path"]) if cell.is_valid and "path" in cell else None
-    member = as_text(str(path)) if path else f"row-{row:08d}"
-    metadata = {
-        name: _value(batch.column(name)[position])
-        for name in batch.schema.names
-        if name != column
-        and not pa.types.is_binary(batch.schema.field(name).type)
-        and not pa.types.is_large_binary(batch.schema.field(name).type)
-    }
-    if content is None:
-        holds = "only a path: write the Parquet with the bytes embedded" if path else "and no path"
-        error = ClipError("read", "NoBytes", f"the row holds no audio bytes, {holds}")
-        return UnreadableClip(member, error, metadata)
-    digest = xxhash.xxh128_hexdigest(content)
-    return EncodedClip(member, io.BytesIO(content), len(content), digest, metadata)
-
-
-def _value(scalar: pa.Scalar) -> Any:
-    """A Parquet value as JSON can hold it; None where it cannot be one of Python's."""
-    try:
-        return _plain(scalar.as_py())
-    except (
-        ValueError,
-        OverflowError,
-        pa.ArrowException,
-    ):  # text that is no UTF-8, the year 31,000,000
-        return None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items() if not isinstance(entry, bytes)}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value if not isinstance(entry, bytes)]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 # -------------------------------------------------------------------- shared

@@ -54,6 +54,10 @@ def unique(clip_id: str, seen: dict[str, int]) -> str:
     return numbered
 
 
+# Kinds of shards that are never a part of their file.
+WHOLE_FILES = ("tar", "arrow", "tfrecord", "zip")
+
+
 @dataclass(frozen=True)
 class Shard:
     """A unit of work: read as one, published as one Parquet file named `id`.
@@ -63,8 +67,8 @@ class Shard:
     """
 
     id: str
-    uri: str  # the tar, the Parquet file, or the folder of the files
-    kind: Literal["tar", "parquet", "files"]
+    uri: str  # the tar, the Parquet file, ..., or the folder of the files
+    kind: Literal["tar", "parquet", "arrow", "tfrecord", "zip", "files"]
     size_bytes: int
     files: tuple[str, ...] = ()  # paths relative to `uri`, for kind "files"
     row_groups: tuple[int, int] | None = None  # first and one past the last, for kind "parquet"

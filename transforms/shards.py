@@ -10,21 +10,35 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+from transforms.braces import expand_braces, has_braces
 from transforms.meter import Meter
-from transforms.read import audio_column, count_tar_clips, is_audio, is_damage, open_shard
+from transforms.read import count_tar_clips, is_audio, open_shard
+from transforms.read_table import (
+    arrow_audio_column,
+    count_arrow_rows,
+    is_damage,
+    open_arrow,
+    open_parquet,
+    parquet_audio_column,
+)
+from transforms.read_tfrecord import TFRECORD_NAME, count_tfrecord_clips, has_audio
+from transforms.read_zip import zip_members
 from transforms.records import Shard
 from transforms.storage import (
     CLOUD_STORAGE,
     DEFAULT_ACCESS,
+    HUB,
+    WEB,
     Access,
     StorageError,
     StoredFile,
@@ -35,12 +49,22 @@ from transforms.storage import (
     is_local,
     list_cloud,
     open_file_system,
+    public_name,
+    public_url,
+    read_all,
+    unsigned_url,
 )
 
 FILES_PER_SHARD = 256
 PARQUET_SHARD_BYTES = 512 << 20  # of row groups; larger Parquet files are split
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (
+    *(".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz"),
+    *(".tar.xz", ".txz"),
+)
+STATE_FILE = "state.json"  # names the files of a dataset that `datasets` saved to disk
 _PACKED_SHARDS = 1_000
+_NAMES_LISTED = 8  # of braces in Cloud Storage: more than these are looked up in a listing
+_NAMES_AT_ONCE = 16  # of braces elsewhere that are looked up at a time
 
 
 class InputError(ValueError):
@@ -77,13 +101,14 @@ def find_shards(
 ) -> Iterator[Shard]:
     """Yields the shards behind files, folders (walked recursively) and globs.
 
-    Tars and Parquet files come as they are found, loose files at the end. One pattern in
-    Cloud Storage is listed once and held a page at a time, whatever it matches.
+    Tars, Parquet files and the like come as they are found, loose files at the end. One
+    pattern in Cloud Storage is listed once and held a page at a time, whatever it matches.
 
     Args:
-        patterns: paths or URLs of any fsspec file system. A tar or a Parquet file
-            is a shard (a large Parquet file several, by row groups). Audio files
-            are grouped by the folder that was named, in sorted order.
+        patterns: paths or URLs of any fsspec file system, with globs and braces. A tar, a
+            zip, a Parquet, Arrow or TFRecord file is a shard (a large Parquet file several,
+            by row groups). Audio files are grouped by the folder that was named, in sorted
+            order.
         ignored: receives the files that are no audio, by suffix.
         files_per_shard: audio files in one shard at most.
         access: how remote storage is used.
@@ -109,35 +134,47 @@ def find_shards(
     for pattern in patterns:
         if not pattern:
             raise InputError("an input is an empty string; is a shell variable unset?")
+        if pattern.startswith("pipe:"):
+            raise InputError(
+                f"{pattern!r} is a command, and no command is run: name the files or URLs themselves"
+            )
         fs, path = _file_system(pattern, access)
         remote = not isinstance(fs, LocalFileSystem)
         # A single listing of Cloud Storage names nothing twice, and has an order: nothing
         # of it needs to be kept.
-        in_order = pattern.startswith(CLOUD_STORAGE) and len(patterns) == 1
+        in_order = (
+            pattern.startswith(CLOUD_STORAGE) and len(patterns) == 1 and not has_braces(pattern)
+        )
         passed_over: Counter[str] = Counter()
         found = 0
-        looked_at = False  # into a Parquet file that this pattern names
+        looked_at: set[str] = set()  # kinds of files that this pattern names
+        saved = _Saved(access)
         for root, file, named in _matches(fs, path, pattern, access, meter):
             uri = _uri(fs, file.path)
             if output and uri.startswith(output):
                 continue
-            if file.path.lower().endswith(TAR_SUFFIXES):
-                shards = [Shard(_id(uri), uri, "tar", file.size, checksum=file.checksum)]
-            elif file.path.lower().endswith(".parquet"):
-                whole = Shard(_id(uri), uri, "parquet", file.size, checksum=file.checksum)
-                if remote and named and looked_at and file.size <= PARQUET_SHARD_BYTES:
+            name = public_name(uri, file.path)
+            kind = _kind_of(name)
+            if kind == "arrow" and (reason := saved.leaves_out(uri, named)):
+                passed_over[reason] += 1
+                continue
+            if kind is not None:
+                whole = Shard(_id(uri), uri, kind, file.size, checksum=file.checksum)
+                if kind == "tar":
+                    shards = [whole]
+                elif remote and named and kind in looked_at and file.size <= PARQUET_SHARD_BYTES:
                     # A look costs a round trip or two. Where the user says `*.parquet`, one
                     # tells whether it is audio that they mean.
                     shards = [whole]
                 else:
-                    shards = list(_parquet_shards(whole, must_have_audio=named, access=access))
-                    looked_at = True
+                    shards = list(_shards_with_audio(whole, must_have_audio=named, access=access))
+                    looked_at.add(kind)
                 if not shards:
-                    passed_over[".parquet without audio"] += 1
+                    passed_over[f".{kind} without audio"] += 1
                     continue
-            elif named or is_audio(file.path):
+            elif named or is_audio(name):
                 shards = []
-                if is_new(uri):
+                if is_new(unsigned_url(uri)):
                     url = _uri(fs, root)
                     files = loose.setdefault(url, {})
                     files[_below(root, file.path)] = file
@@ -145,14 +182,16 @@ def find_shards(
                         shards = [_file_shard(url, flushed[url], loose.pop(url), remote)]
                         flushed[url] += 1
             else:
-                passed_over[posixpath.splitext(file.path)[1] or "no suffix"] += 1
+                if not named and posixpath.basename(name) == STATE_FILE:
+                    saved.check(uri)
+                passed_over[posixpath.splitext(name)[1] or "no suffix"] += 1
                 continue
             found += 1
             yield from (shard for shard in shards if is_new(shard.id))
         if not found:
             only = ", ".join(f"{count} {suffix}" for suffix, count in passed_over.most_common(5))
             raise InputError(
-                f"{pattern!r} matches no tar, no Parquet with an audio column and no audio file"
+                f"{public_url(pattern)!r} matches no tar, no Parquet with an audio column and no audio file"
                 + (f" (only {only})" if only else "")
                 + "; check the path, and quote globs so that the shell leaves them alone"
             )
@@ -219,7 +258,7 @@ def _file_system(pattern: str, access: Access) -> tuple[Any, str]:
     try:
         fs, path = open_file_system(pattern, access)
     except (ImportError, ValueError) as error:
-        raise InputError(f"{pattern!r} cannot be opened: {error}") from error
+        raise InputError(f"{public_url(pattern)!r} cannot be opened: {error}") from error
     return fs, path.rstrip("/") or path
 
 
@@ -232,20 +271,82 @@ def _matches(
 ) -> Iterator[tuple[str, StoredFile, bool]]:
     """Yields (root, file, whether the user named this kind of file), sorted."""
     try:
-        if pattern.startswith(CLOUD_STORAGE):
+        if has_braces(path) and not _is_there(fs, path, pattern, access):
+            yield from _brace_matches(fs, path, pattern, access, meter)
+        elif pattern.startswith(CLOUD_STORAGE):
             yield from _cloud_matches(path, pattern, access, meter)
         else:
             yield from _fsspec_matches(fs, path, pattern)
     except InputError:
         raise
     except ValueError as error:  # fsspec's, for a glob such as `a**.tar`
-        raise InputError(f"{pattern!r} cannot be understood: {error}") from error
+        raise InputError(f"{public_url(pattern)!r} cannot be understood: {error}") from error
     except StorageError as error:
-        raise InputError(f"{pattern!r} cannot be listed: {error}") from error
+        raise InputError(f"{public_url(pattern)!r} cannot be listed: {error}") from error
     except Exception as error:  # each library behind fsspec has its own
         if isinstance(fs, LocalFileSystem):
             raise
-        raise InputError(explain(error, repr(pattern))) from error
+        raise InputError(explain(error, repr(public_url(pattern)))) from error
+
+
+def _is_there(fs: Any, path: str, pattern: str, access: Access) -> bool:
+    """Whether a file has this very name, whatever braces or marks are in it."""
+    if pattern.startswith(CLOUD_STORAGE):
+        return find_cloud(path, access) is not None
+    return bool(fs.exists(path))
+
+
+def _brace_matches(
+    fs: Any, path: str, pattern: str, access: Access, meter: Meter | None
+) -> Iterator[tuple[str, StoredFile, bool]]:
+    """The files that braces name, each of which must be there."""
+    names = list(expand_braces(path))
+    root = posixpath.dirname(re.split(r"[*?\[{]", path, maxsplit=1)[0])
+    found: dict[str, StoredFile] = {}
+    if not any(_is_glob(name) for name in names):
+        found = _look_up(fs, names, pattern, access, meter)
+    for name in names:
+        if name in found:
+            yield root, found[name], True
+            continue
+        try:  # a glob or a folder
+            if pattern.startswith(CLOUD_STORAGE):
+                yield from _cloud_matches(name, f"gs://{name}", access, meter)
+            else:
+                yield from _fsspec_matches(fs, name, _uri(fs, name))
+        except InputError as error:
+            raise InputError(f"{public_url(pattern)!r} names what is not there: {error}") from error
+
+
+def _look_up(
+    fs: Any, names: list[str], pattern: str, access: Access, meter: Meter | None
+) -> dict[str, StoredFile]:
+    """Those of the names that are files, in few requests."""
+    if pattern.startswith(CLOUD_STORAGE):
+        if len(names) <= _NAMES_LISTED:
+            files = (find_cloud(name, access, meter) for name in names)
+            return {file.path: file for file in files if file is not None}
+        wanted, common = set(names), posixpath.commonprefix(names)
+        deeper = any("/" in name[len(common) :] for name in names)
+        listed = list_cloud(common, access, folders=not deeper, meter=meter)
+        return {file.path: file for file in listed if file.path in wanted}
+
+    infos = _infos(fs, names)
+    return {name: _stored(name, info) for name, info in infos.items() if info["type"] == "file"}
+
+
+def _infos(fs: Any, names: list[str]) -> dict[str, dict[str, Any]]:
+    """fsspec's details of the names that are there, several looked up at a time."""
+
+    def look(name: str) -> dict[str, Any] | None:
+        try:
+            return dict(fs.info(name))
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(_NAMES_AT_ONCE, "earmark-look-up") as pool:
+        infos = zip(names, pool.map(look, names), strict=True)
+        return {name: info for name, info in infos if info is not None}
 
 
 def _cloud_matches(
@@ -273,11 +374,21 @@ def _cloud_matches(
 def _fsspec_matches(fs: Any, path: str, pattern: str) -> Iterator[tuple[str, StoredFile, bool]]:
     try:
         info = fs.info(path)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        cause = error.__cause__ if path.startswith(WEB) else None
+        if cause is not None and getattr(cause, "status", None) != 404:
+            # fsspec says that a file is not there whatever failed on the web.
+            raise InputError(explain(cause, repr(public_url(pattern)))) from None
         if not _is_glob(path):
-            raise InputError(f"{pattern!r} does not exist") from None
+            said = (
+                f": {error}" if pattern.startswith(HUB) else ""
+            )  # is it the repository, the revision?
+            raise InputError(f"{public_url(pattern)!r} does not exist{said}") from None
         root, named_suffix = _root_of_glob(path)
-        for match, details in sorted(fs.glob(path, detail=True).items()):
+        matches = fs.glob(path, detail=True)
+        if path.startswith(WEB):  # a page's links have no sizes
+            matches |= _infos(fs, list(matches))
+        for match, details in sorted(matches.items()):
             if _is_hidden(match, root):
                 continue
             if details["type"] == "directory":
@@ -287,18 +398,27 @@ def _fsspec_matches(fs: Any, path: str, pattern: str) -> Iterator[tuple[str, Sto
                 yield root, _stored(match, details), named
         return
     except OSError as error:
+        if not isinstance(fs, LocalFileSystem):
+            raise
         raise InputError(f"{pattern!r} cannot be read: {error.strerror or error}") from error
     if info["type"] == "directory":
         yield from _walk(fs, path, path)
     else:
-        yield posixpath.dirname(path), _stored(path, info), True
+        yield posixpath.dirname(public_name(path, path)), _stored(path, info), True
 
 
 def _stored(path: str, details: dict[str, Any]) -> StoredFile:
+    if details["size"] is None and path.startswith(WEB):
+        raise InputError(
+            f"the server of {public_url(path)!r} does not say how large it is, so that what is cut off "
+            "could not be told: download it, and name the copy"
+        )
     return StoredFile(path, details["size"] or 0, etag_of(details))
 
 
 def _is_glob(path: str) -> bool:
+    if path.startswith(WEB):  # where a `?` begins the query
+        path = path.partition("?")[0]
     return any(mark in path for mark in "*?[")
 
 
@@ -324,24 +444,127 @@ def _below(folder: str, file: str) -> str:
     return file.removeprefix(f"{folder.rstrip('/')}/")
 
 
+def _kind_of(name: str) -> Literal["tar", "parquet", "arrow", "tfrecord", "zip"] | None:
+    """The kind of the shard that a file of this name is; None where it is no container."""
+    name = name.lower()
+    if name.endswith(TAR_SUFFIXES):
+        return "tar"
+    if name.endswith(".parquet"):
+        return "parquet"
+    if name.endswith(".arrow"):
+        return "arrow"
+    if name.endswith(".zip"):
+        return "zip"
+    return "tfrecord" if TFRECORD_NAME.search(name) else None
+
+
+class _Saved:
+    """Datasets that `datasets` saved to disk: which Arrow files of a folder belong to one.
+
+    The same folder may hold what `map` and `filter` cached beside them.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._names: dict[str, set[str] | None] = {}  # folder -> what its state.json names
+        self._seen: dict[str, set[str]] = {}
+
+    def leaves_out(self, uri: str, named: bool) -> str | None:
+        """Why an Arrow file is no input; None where it is one."""
+        folder, name = posixpath.split(uri)
+        self._seen.setdefault(folder, set()).add(name)
+        names = self._names_of(folder)
+        if names is None:
+            return None if named else f".arrow without {STATE_FILE}"
+        return None if name in names else f".arrow not in {STATE_FILE}"
+
+    def check(self, uri: str) -> None:
+        """Refuses a dataset that lacks a file; called with `STATE_FILE`, which sorts after `data-*`.
+
+        Raises:
+            InputError: a file that it names is not there.
+        """
+        folder = posixpath.dirname(uri)
+        lacks = sorted((self._names_of(folder) or set()) - self._seen.get(folder, set()))
+        if lacks:
+            raise InputError(
+                f"{folder!r} lacks {lacks[0]!r}, which its {STATE_FILE} names"
+                + (f", and {len(lacks) - 1} more" if len(lacks) > 1 else "")
+                + ": copy the dataset again, whole"
+            )
+
+    def _names_of(self, folder: str) -> set[str] | None:
+        if folder not in self._names:
+            self._names[folder] = self._read(folder)
+        return self._names[folder]
+
+    def _read(self, folder: str) -> set[str] | None:
+        try:
+            state = json.loads(read_all(f"{folder}/{STATE_FILE}", self._access))
+            return {str(file["filename"]) for file in state["_data_files"]}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # another program's state.json
+            return None
+
+
+def _shards_with_audio(whole: Shard, *, must_have_audio: bool, access: Access) -> Iterator[Shard]:
+    """One shard, or several where it is a large Parquet file; none where there is no audio."""
+    if whole.kind == "parquet":
+        yield from _parquet_shards(whole, must_have_audio=must_have_audio, access=access)
+        return
+    with open_shard(whole, access, in_order=False) as stream:
+        if whole.kind == "zip":
+            there = zip_members(stream, is_audio) != []
+            lacks = "no audio member: expected files with the suffix of an audio format"
+        elif whole.kind == "tfrecord":
+            there, features = has_audio(stream)
+            lacks = (
+                "no encoded audio in its first record: expected a tf.train.Example with bytes in a "
+                f"feature such as 'audio' or 'audio/encoded', found {features or 'no feature'}"
+            )
+        else:
+            there, columns = _arrow_has_audio(stream)
+            lacks = f"no audio column: expected one as `datasets` saves it, found {columns}"
+    if there:
+        yield whole
+    elif must_have_audio:
+        raise InputError(f"{public_url(whole.uri)!r} has {lacks}")
+
+
+def _arrow_has_audio(stream: BinaryIO) -> tuple[bool, str]:
+    """(whether an Arrow file has audio or cannot be read, its columns)."""
+    try:
+        schema, batches = open_arrow(stream)
+        column = arrow_audio_column(schema, None)
+        column = column or arrow_audio_column(schema, next(batches, None))
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
+        return True, ""  # reading it gives the row that says what is broken
+    return column is not None, _columns_of(schema)
+
+
+def _columns_of(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in schema)[:300]
+
+
 def _parquet_shards(whole: Shard, *, must_have_audio: bool, access: Access) -> Iterator[Shard]:
     """One shard, or several where the row groups are large; none where there is no audio."""
     size = whole.size_bytes
     try:
         with open_shard(whole, access) as stream:
-            parquet = pq.ParquetFile(stream, pre_buffer=False)
+            parquet = open_parquet(stream)
             schema, footer = parquet.schema_arrow, parquet.metadata
+            column = parquet_audio_column(parquet)
     except (pa.ArrowException, OSError) as error:
         if not is_damage(error):
             raise
         yield whole  # reading it gives the row that says what is broken
         return
-    if audio_column(schema) is None:
+    if column is None:
         if must_have_audio:
-            columns = ", ".join(f"{field.name}: {field.type}" for field in schema)[:300]
             raise InputError(
-                f"{whole.uri!r} has no audio column: expected a struct<bytes, path> as Hugging Face "
-                f"stores audio, found {columns}"
+                f"{public_url(whole.uri)!r} has no audio column: expected a struct<bytes, path> as Hugging Face "
+                f"stores audio, found {_columns_of(schema)}"
             )
         return
     if size <= PARQUET_SHARD_BYTES or footer.num_row_groups < 2:
@@ -366,8 +589,9 @@ def _parquet_shards(whole: Shard, *, must_have_audio: bool, access: Access) -> I
 
 def _file_shard(root: str, number: int, found: dict[str, StoredFile], remote: bool) -> Shard:
     files, sizes = tuple(found), tuple(file.size for file in found.values())
+    names = [unsigned_url(f"{root}/{file}") for file in files] if root.startswith(WEB) else files
     return Shard(
-        id=f"{_id(root)}-{number:05d}-{_hash(chr(0).join(files))}",
+        id=f"{_id(root)}-{number:05d}-{_hash(chr(0).join(names))}",
         uri=root,
         kind="files",
         size_bytes=sum(sizes),
@@ -383,6 +607,13 @@ def _count_clips(shard: Shard, enough: int, access: Access) -> int:
     with open_shard(shard, access) as stream:
         if shard.kind == "tar":
             return count_tar_clips(stream, enough)
+        if shard.kind == "tfrecord":
+            return count_tfrecord_clips(stream, enough)
+        if shard.kind == "arrow":
+            return count_arrow_rows(stream, enough)
+        if shard.kind == "zip":
+            members = zip_members(stream, is_audio)
+            return 1 if members is None else len(members)
         try:
             footer = pq.ParquetFile(stream).metadata
         except (pa.ArrowException, OSError) as error:
@@ -395,11 +626,11 @@ def _count_clips(shard: Shard, enough: int, access: Access) -> int:
 
 def _id(uri: str) -> str:
     """A file name for a URI: its stem to read, its hash to be unique."""
-    stem = os.path.basename(uri.rstrip("/"))
-    for suffix in (*TAR_SUFFIXES[::-1], ".parquet"):
+    stem = os.path.basename(public_url(uri).rstrip("/"))
+    for suffix in (*TAR_SUFFIXES[::-1], ".parquet", ".arrow", ".zip"):
         stem = stem.removesuffix(suffix)
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", stem).lstrip("._")[:80] or "shard"
-    return f"{readable}-{_hash(uri)}"
+    return f"{readable}-{_hash(unsigned_url(uri))}"
 
 
 def _hash(text: str) -> str:

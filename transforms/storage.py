@@ -34,6 +34,8 @@ from fsspec.utils import glob_translate
 from transforms.meter import Meter
 
 CLOUD_STORAGE = ("gs://", "gcs://")
+WEB = ("http://", "https://")
+HUB = "hf://"
 
 MAX_TRIES = 8  # with the waits below, half a minute to a minute
 FIRST_WAIT_S = 0.5
@@ -85,6 +87,39 @@ class StoredFile:
 def is_local(url: str) -> bool:
     """Whether `url` is a path of this machine."""
     return "://" not in url
+
+
+def public_url(url: str) -> str:
+    """A URL as it may be stored and shown: on the web, without its user, query and fragment.
+
+    A presigned URL's query opens the file to whoever reads it.
+    """
+    if not url.startswith(WEB):
+        return url
+    scheme, _, rest = re.split(r"[?#]", url, maxsplit=1)[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def public_name(root: str, name: str) -> str:
+    """`name` below `root` as it may be stored and shown, as `public_url` says."""
+    return re.split(r"[?#]", name, maxsplit=1)[0] if root.startswith(WEB) else name
+
+
+# What a query holds that says who may read, not which file: of S3, Cloud Storage, CloudFront, Azure.
+_SIGNING = re.compile(
+    r"(?i)(x-(amz|goog|oss)-[^=]*|awsaccesskeyid|googleaccessid|key-pair-id|signature|expires|policy"
+    r"|sig|se|st|sp|sr|sv|spr|sip|ske|skt|sks|skv|skoid|sktid|(access_)?token)(=|$)"
+)
+
+
+def unsigned_url(url: str) -> str:
+    """What tells a file on the web from others: its URL without what signs it anew each day."""
+    if not url.startswith(WEB):
+        return url
+    query = url.partition("#")[0].partition("?")[2].split("&")
+    kept = "&".join(part for part in query if part and not _SIGNING.match(part))
+    return public_url(url) + (f"?{kept}" if kept else "")
 
 
 def open_file_system(url: str, access: Access = DEFAULT_ACCESS) -> tuple[Any, str]:
@@ -176,7 +211,7 @@ class RemoteFile(io.RawIOBase):
     ) -> None:
         super().__init__()
         self._fs, self._path, self._size = fs, path, size
-        self._url = fs.unstrip_protocol(path)  # for messages
+        self._url = public_url(fs.unstrip_protocol(path))  # for messages
         self._checksum, self._meter = checksum, meter
         # Sized to the file: a small one is not cut into many requests, a large one
         # is not held in memory.
@@ -186,6 +221,7 @@ class RemoteFile(io.RawIOBase):
         self._start, self._block = 0, b""  # the bytes at hand, and where they begin
         self._ahead: tuple[int, Future[bytes]] | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self._whole: Any = None  # all of the file, on disk, where it only comes so
         self._digest, self._digested = google_crc32c.Checksum(), 0
 
     def readable(self) -> bool:
@@ -222,6 +258,8 @@ class RemoteFile(io.RawIOBase):
         """Gives up what was fetched ahead."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._whole is not None:
+            self._whole.close()
         super().close()
 
     def _load(self, wanted: int) -> None:
@@ -248,6 +286,8 @@ class RemoteFile(io.RawIOBase):
 
     def _fetch(self, start: int, end: int) -> bytes:
         """Bytes `start` to `end`, whole, taken up again where an answer stopped short."""
+        if self._whole is not None:
+            return os.pread(self._whole.fileno(), end - start, start)
         pieces: list[bytes] = []
         at = start
 
@@ -261,7 +301,11 @@ class RemoteFile(io.RawIOBase):
                     raise StorageError(
                         f"{self._url}: asked for {end - at} bytes, {len(piece)} came"
                     )
-                piece = piece[at:end]  # of a web server that knows no ranges
+                # Of a web server that knows no ranges: it is not asked once for each block.
+                self._whole = tempfile.TemporaryFile()  # noqa: SIM115
+                self._whole.write(piece)
+                self._whole.flush()
+                piece = piece[at:end]
             pieces.append(piece)
             at += len(pieces[-1])
             if at < end:
@@ -309,26 +353,41 @@ def patiently(
         StorageError: the last of `MAX_TRIES` faults, or one that will not pass.
         FileNotFoundError: `what` is not there.
     """
+    what = public_url(what)
     for number in range(1, MAX_TRIES + 1):
         try:
             return action()
         except FileNotFoundError as error:
-            raise FileNotFoundError(errno.ENOENT, f"{what} is not there any more") from error
+            cause = _without_secret(error)
+            raise FileNotFoundError(errno.ENOENT, f"{what} is not there any more") from cause
         except Exception as error:
+            cause = _without_secret(error)
             if not is_passing(error):
-                if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
+                if (
+                    cause
+                    and isinstance(error, OSError)
+                    and (type(error) is not OSError or error.errno)
+                ):
                     error.errno = error.errno or errno.EIO  # see StorageError
                     raise
-                raise StorageError(explain(error, what)) from error
+                raise StorageError(explain(error, what)) from cause
             if number == MAX_TRIES:
                 raise StorageError(
                     f"{what} failed {MAX_TRIES} times, last with {_first_line(error)}"
-                ) from error
+                ) from cause
             if meter is not None:
                 meter.add(counter)
             wait_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2 ** (number - 1))
             _sleep(wait_s * random.uniform(0.5, 1))
     raise AssertionError("unreachable")
+
+
+def _without_secret(error: BaseException) -> BaseException | None:
+    """The error, for a traceback; None where it shows a URL with a query."""
+    return None if _QUERY.search(str(error)) else error
+
+
+_QUERY = re.compile(r"(https?://)(?:[^\s/'\"@]*@)?([^\s?'\"]*)\?[^\s'\")]*")
 
 
 def is_passing(error: BaseException) -> bool:
@@ -343,6 +402,13 @@ def is_passing(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EREMOTEIO):
         return True  # what s3fs makes of S3's 503 and 500
+    if type(error).__module__.startswith("aiohttp") and hasattr(error, "status"):
+        return error.status in (408, 429) or error.status >= 500
+    if any(
+        kind.__module__.startswith("httpx") and kind.__name__ == "TransportError"
+        for kind in type(error).__mro__
+    ):
+        return True  # the Hub's client
     if type(error).__module__.startswith("botocore") and type(error).__name__ in _BOTOCORE_PASSING:
         return True
     return bool(DEFAULT_RETRY._predicate(error) or is_retriable(error))
@@ -371,12 +437,18 @@ def explain(error: BaseException, what: str) -> str:
             f"the Google credentials for {what} have expired or are not valid: run "
             "`gcloud auth application-default login`"
         )
+    if type(error).__name__ in ("ConnectError", "ConnectTimeout", "OfflineModeIsEnabled"):
+        return (
+            f"{what}: the Hugging Face Hub cannot be reached ({text}); check the network, or fetch the files "
+            "with `hf download --repo-type dataset OWNER/NAME --local-dir DIR` and name DIR"
+        )
     if type(error).__name__ == "NoCredentialsError":  # botocore's
         return (
             f"{what} needs AWS credentials and there are none: set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         )
-    if "Range Not Satisfiable" in text or getattr(error, "code", None) == 416:
+    status = error.status if hasattr(error, "status") else getattr(error, "code", None)
+    if "Range Not Satisfiable" in text or status == 416:
         return f"{what} is shorter than it was listed: it was replaced since; run again"
     if type(error).__name__ == "DefaultCredentialsError":
         return (
@@ -389,7 +461,7 @@ def explain(error: BaseException, what: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = _QUERY.sub(r"\1\2", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from student.labels import Label
 from transforms.output import Output
 from transforms.records import ScoredClip, Shard, as_text
+from transforms.storage import public_url
 
 ScoreType = Literal["float32", "float16"]
 
@@ -106,7 +107,7 @@ def clip_row(
     clip = scored.clip
     row: dict[str, Any] = {
         "clip_id": clip_id,
-        "shard": as_text(shard.uri),
+        "shard": as_text(public_url(shard.uri)),
         "member": clip.member,
         "start_s": clip.start_s,
         "end_s": clip.end_s,
