@@ -176,7 +176,7 @@ def prepare(options: AnnotateOptions) -> Job:
     run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype, computed_by)
     inputs = named_inputs(options, access)
     if remote:
-        _refuse_local_inputs(inputs)
+        _refuse_local_inputs((*inputs, *filter(None, [options.audio_root])))
 
     def planned_again() -> Iterator[Shard]:
         return shards_of(inputs, options, access, Counter())
@@ -210,7 +210,7 @@ def prepare(options: AnnotateOptions) -> Job:
         reason = error.strerror or error
         raise UsageError(f"--output {options.output!r} cannot be written: {reason}") from error
     return Job(
-        options, beam_options, checkpoint, thresholds, workers, settings, notes, planned.todo,
+        options, beam_options, checkpoint, thresholds, workers, settings, [*notes, *planned.notes], planned.todo,
         planned.size_bytes, planned.ignored, finished, planned.skipped, output, access, meter, claimed, planned.divided, planned_again,
     )  # fmt: skip
 

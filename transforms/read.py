@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
 import math
+import os
 import posixpath
+import stat
 import sys
 import tarfile
 import tempfile
@@ -15,16 +18,36 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from transforms.manifest import ManifestRow, rows_of, shown
 from transforms.meter import Meter
-from transforms.records import ClipError, EncodedClip, Shard, UnreadableClip, as_text
-from transforms.storage import DEFAULT_ACCESS, Access, is_local, open_file_system, open_remote
+from transforms.records import (
+    ClipError,
+    EncodedClip,
+    ManifestSlice,
+    Shard,
+    UnreadableClip,
+    as_text,
+)
+from transforms.storage import (
+    CLOUD_STORAGE,
+    DEFAULT_ACCESS,
+    Access,
+    StorageError,
+    etag_of,
+    find_cloud,
+    is_local,
+    is_passing,
+    open_file_system,
+    open_remote,
+    patiently,
+)
 
 AUDIO_SUFFIXES = frozenset(
     ".3gp .aac .ac3 .aif .aifc .aiff .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp3 "
@@ -67,6 +90,9 @@ def read_clips(shard: Shard, access: Access = DEFAULT_ACCESS, meter: Meter | Non
         local = is_local(shard.uri)
         yield from _read_files(shard) if local else _read_remote_files(shard, access, meter)
         return
+    if shard.kind == "manifest":
+        yield from _read_manifest(shard, access, meter)
+        return
     with open_shard(shard, access, meter) as stream:
         if shard.kind == "tar":
             yield from _read_tar(stream)
@@ -77,7 +103,7 @@ def read_clips(shard: Shard, access: Access = DEFAULT_ACCESS, meter: Meter | Non
 def open_shard(
     shard: Shard, access: Access = DEFAULT_ACCESS, meter: Meter | None = None
 ) -> BinaryIO:
-    """The tar or Parquet file of a shard, open for reading.
+    """The tar, Parquet file or manifest of a shard, open for reading.
 
     Raises:
         OSError: it cannot be opened.
@@ -100,17 +126,24 @@ def count_tar_clips(stream: BinaryIO, enough: int) -> int:
 
 def _read_files(shard: Shard) -> Clips:
     fs, root = open_file_system(shard.uri)
-    for name in shard.files:
+    for name, metadata in zip(shard.files, _file_metadata(shard), strict=True):
         member = as_text(name)
         try:
             with fs.open(posixpath.join(root, name), "rb") as stream:
                 audio, digest, size = _seekable(stream)
-                yield EncodedClip(member, audio, size, digest, {})
+                yield EncodedClip(member, audio, size, digest, metadata)
         except FileNotFoundError:
-            yield UnreadableClip(member, ClipError("read", "FileNotFound", "the file is gone"), {})
+            error = ClipError("read", "FileNotFound", "the file is gone")
+            yield UnreadableClip(member, error, metadata)
         except (PermissionError, IsADirectoryError) as error:
             message = f"the file cannot be opened: {error.strerror}"
-            yield UnreadableClip(member, ClipError("read", type(error).__name__, message), {})
+            yield UnreadableClip(member, ClipError("read", type(error).__name__, message), metadata)
+
+
+def _file_metadata(shard: Shard) -> Iterator[dict[str, Any]]:
+    """What a metadata file beside them says of a shard's files."""
+    for text in shard.file_metadata or ("",) * len(shard.files):
+        yield json.loads(text) if text else {}
 
 
 def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Clips:
@@ -122,12 +155,15 @@ def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Cli
 
     def fetch(name: str, size: int, checksum: str | None) -> tuple[BinaryIO, str, int]:
         path = f"{root.rstrip('/')}/{name}"
+        if size < 0:
+            return _fetch(fs.unstrip_protocol(path), access, meter)
         with open_remote(fs, path, size, checksum=checksum, in_order=True, meter=meter) as stream:
             return _spool(stream)
 
     coming: deque[tuple[str, Future[tuple[BinaryIO, str, int]]]] = deque()
     checksums = shard.file_checksums or (None,) * len(shard.files)
     left = iter(zip(shard.files, shard.file_sizes, checksums, strict=True))
+    all_metadata = _file_metadata(shard)
     with ThreadPoolExecutor(_FILES_AHEAD, "earmark-fetch") as pool:
         try:
             while True:
@@ -136,18 +172,176 @@ def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Cli
                 if not coming:
                     return
                 name, fetched = coming.popleft()
-                member = as_text(name)
+                member, metadata = as_text(name), next(all_metadata)
                 try:
                     audio, digest, size = fetched.result()
                 except FileNotFoundError:
                     error = ClipError("read", "FileNotFound", "the file is gone")
-                    yield UnreadableClip(member, error, {})
+                    yield UnreadableClip(member, error, metadata)
                     continue
                 with closing(audio):
-                    yield EncodedClip(member, audio, size, digest, {})
+                    yield EncodedClip(member, audio, size, digest, metadata)
         finally:
             for _, fetched in coming:
                 fetched.cancel()
+
+
+# ----------------------------------------------------------------- manifests
+
+
+def _read_manifest(shard: Shard, access: Access, meter: Meter | None) -> Clips:
+    """A clip for each row. Consecutive rows of one file share it: it is fetched once.
+
+    The next few remote files are on their way meanwhile.
+    """
+    part = cast(ManifestSlice, shard.manifest)
+    rows = rows_of(part, _slice_of(shard, access, meter), shard.files)
+    groups = (list(group) for _, group in groupby(rows, key=lambda row: row.url))
+    coming: deque[tuple[list[ManifestRow], Future[tuple[BinaryIO, str, int]] | None]] = deque()
+    with ThreadPoolExecutor(_FILES_AHEAD, "earmark-fetch") as pool:
+        try:
+            while True:
+                for group in islice(groups, _FILES_AHEAD - len(coming)):
+                    url = group[0].url
+                    remote = url is not None and not is_local(url)
+                    coming.append(
+                        (group, pool.submit(_fetch, url, access, meter) if remote else None)
+                    )
+                if not coming:
+                    return
+                group, fetched = coming.popleft()
+                if group[0].url is None:
+                    yield from (_unreadable(row, cast(ClipError, row.error)) for row in group)
+                elif fetched is None:
+                    yield from _local_rows(group, group[0].url)
+                else:
+                    yield from _fetched_rows(group, group[0].url, fetched)
+        finally:
+            for _, fetched in coming:
+                if fetched is not None:
+                    fetched.cancel()
+
+
+def _slice_of(shard: Shard, access: Access, meter: Meter | None) -> bytes:
+    """The bytes of a shard's rows.
+
+    Raises:
+        StorageError: they are not those with which the run was planned.
+    """
+    part = cast(ManifestSlice, shard.manifest)
+    if part.text is not None:
+        return part.text.encode("utf-8", "surrogateescape")
+    with open_shard(shard, access, meter) as stream:
+        stream.seek(part.start)
+        content = stream.read(part.end - part.start)
+    if xxhash.xxh3_64_hexdigest(content) != part.digest:
+        raise StorageError(
+            f"{as_text(shard.uri)} has changed since the run was planned (bytes {part.start} to "
+            f"{part.end} are others): run again"
+        )
+    return content
+
+
+def _unreadable(row: ManifestRow, error: ClipError) -> UnreadableClip:
+    return UnreadableClip(row.member, error, row.metadata, row.start_s, row.end_s, row.name)
+
+
+def _local_rows(group: list[ManifestRow], path: str) -> Clips:
+    facts: tuple[str, int] | None = None  # of the file, read through once
+    for row in group:
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+                error = ClipError(
+                    "read", "NoFile", "what lies there is a folder or device, no file"
+                )
+                yield _unreadable(row, error)
+                continue
+            # A descriptor of its own: of another's, decode processes would share the position.
+            with open(path, "rb") as stream:
+                if facts is None:
+                    facts = _seekable(stream)[1:]
+                digest, size = facts
+                yield EncodedClip(
+                    row.member, stream, size, digest, row.metadata, row.start_s, row.end_s, row.name
+                )
+        except (FileNotFoundError, NotADirectoryError):
+            yield _unreadable(row, ClipError("read", "FileNotFound", "there is no such file"))
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
+                raise
+            message = f"the file cannot be opened: {error.strerror}"
+            yield _unreadable(row, ClipError("read", type(error).__name__, message))
+
+
+def _fetched_rows(
+    group: list[ManifestRow], url: str, fetched: Future[tuple[BinaryIO, str, int]]
+) -> Clips:
+    try:
+        audio, digest, size = fetched.result()
+    except FileNotFoundError:
+        error = ClipError("read", "FileNotFound", "there is no such file")
+    except ValueError as fault:
+        error = ClipError("read", "BadManifestRow", f"the URL cannot be opened: {_reason(fault)}")
+    except OSError as fault:
+        cause = fault.__cause__ or fault
+        of_the_web = url.startswith(("http://", "https://"))
+        if is_passing(cause) and of_the_web:  # not all of the web ever answers
+            error = ClipError("read", "Unreachable", "the server does not answer")
+        elif is_passing(cause) or (cause is fault and not isinstance(fault, PermissionError)):
+            raise  # another try may find the storage well
+        else:
+            what = f"storage refuses the file ({type(cause).__name__})"
+            error = ClipError("read", "Refused", what)
+    else:
+        with closing(audio):
+            for row in group:
+                with _reopened(audio) as copy:
+                    yield EncodedClip(
+                        row.member,
+                        copy,
+                        size,
+                        digest,
+                        row.metadata,
+                        row.start_s,
+                        row.end_s,
+                        row.name,
+                    )
+        return
+    yield from (_unreadable(row, error) for row in group)
+
+
+def _reopened(audio: BinaryIO) -> BinaryIO:
+    """The same bytes under a position of their own, which decode processes do not share."""
+    if isinstance(audio, io.BytesIO):
+        return io.BytesIO(audio.getvalue())  # CPython shares what is not written to
+    return cast(BinaryIO, open(f"/dev/fd/{audio.fileno()}", "rb"))
+
+
+def _fetch(url: str, access: Access, meter: Meter | None) -> tuple[BinaryIO, str, int]:
+    """A remote file of which nothing is known but its place, as `_spool` gives it.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: the scheme is unknown.
+        OSError: storage refuses, or does not answer.
+    """
+    try:
+        fs, path = open_file_system(url, access)
+    except ImportError as error:
+        raise StorageError(f"{url.partition('://')[0]}:// cannot be read here: {error}") from None
+    if url.startswith(CLOUD_STORAGE):
+        stored = find_cloud(path, access, meter)
+        if stored is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+        size, checksum = stored.size, stored.checksum
+    else:
+        info = patiently(lambda: fs.info(path), shown(url), "read_retries", meter)
+        size, checksum = info.get("size"), etag_of(info)
+    if size is None:  # a web server that does not say
+        content = patiently(lambda: fs.cat_file(path), shown(url), "read_retries", meter)
+        return _spool(io.BytesIO(content))
+    with open_remote(fs, path, size, checksum=checksum, in_order=True, meter=meter) as stream:
+        return _spool(stream)
 
 
 # ---------------------------------------------------------------------- tars
