@@ -16,7 +16,7 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -204,9 +204,16 @@ def parquet_lines(file: pq.ParquetFile) -> Iterator[bytes]:
         if not pa.types.is_binary(field.type) and not pa.types.is_large_binary(field.type)
     ]
     for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=kept, use_threads=False):
-        for row in range(batch.num_rows):
-            record = {name: _cell(batch.column(name)[row]) for name in kept}
+        for record in _pythonic(batch):
             yield json.dumps(record, default=_as_json).encode() + b"\n"
+
+
+def _pythonic(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        return cast(list[dict[str, Any]], batch.to_pylist())
+    except (ValueError, OverflowError, pa.ArrowException):  # of one cell; see below
+        names = batch.schema.names
+        return [{n: _cell(batch.column(n)[row]) for n in names} for row in range(batch.num_rows)]
 
 
 def _cell(scalar: pa.Scalar) -> Any:

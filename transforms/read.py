@@ -290,7 +290,8 @@ def _fetched_rows(
         elif is_passing(cause) or (cause is fault and not isinstance(fault, PermissionError)):
             raise  # another try may find the storage well
         else:
-            what = f"storage refuses the file ({type(cause).__name__})"
+            reason = getattr(cause, "strerror", None) or type(cause).__name__
+            what = f"the server refuses the file ({reason})"
             error = ClipError("read", "Refused", what)
     else:
         with closing(audio):
@@ -335,13 +336,27 @@ def _fetch(url: str, access: Access, meter: Meter | None) -> tuple[BinaryIO, str
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
         size, checksum = stored.size, stored.checksum
     else:
-        info = patiently(lambda: fs.info(path), shown(url), "read_retries", meter)
+        info = patiently(lambda: _info(fs, path), shown(url), "read_retries", meter)
         size, checksum = info.get("size"), etag_of(info)
     if size is None:  # a web server that does not say
         content = patiently(lambda: fs.cat_file(path), shown(url), "read_retries", meter)
         return _spool(io.BytesIO(content))
     with open_remote(fs, path, size, checksum=checksum, in_order=True, meter=meter) as stream:
         return _spool(stream)
+
+
+def _info(fs: Any, path: str) -> dict[str, Any]:
+    try:
+        return dict(fs.info(path))
+    except FileNotFoundError as error:
+        # On the web, fsspec says so whatever the matter is.
+        cause = error.__cause__
+        status = getattr(cause, "status", 0)
+        if cause is None or status in (404, 410):
+            raise
+        if 400 <= status < 500 and status not in (408, 429):
+            raise PermissionError(errno.EACCES, f"HTTP {status}") from None
+        raise cause from None
 
 
 # ---------------------------------------------------------------------- tars

@@ -213,7 +213,9 @@ def find_shards(
             )
         ignored += passed_over
     for place, row in told.items():
-        if row.name not in loose.get(row.root, {}) and is_new(place) and not in_order:
+        if in_order and flushed[row.root]:
+            continue  # the file may be there, in a shard that has gone out
+        if row.name not in loose.get(row.root, {}) and is_new(place):
             loose.setdefault(row.root, {})[row.name] = StoredFile(place, -1)
     for root in sorted(loose):
         files = sorted(loose[root].items())
@@ -466,6 +468,8 @@ def _file_shard(
 
 _NO_AUDIO = (b"PK\3\4", b"%PDF", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"7z\xbc\xaf", b"Rar!",
              b"\x89HDF", b"\x93NUMPY", b"\x7fELF", b"SQLite", b"BZh", b"\xfd7zXZ")  # fmt: skip
+_AUDIO = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff",
+          b"#!AMR", b"ADIF", b"MAC ", b"wvPK", b"TTA", b"MPCK", b"MP+", b"DSD ")  # fmt: skip
 _LOOKED_AT_BYTES = 64 << 10
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -487,6 +491,8 @@ def _look(uri: str, file: StoredFile, access: Access, options: ManifestOptions) 
     name = _manifest_name(file.path)
     with _open_file(uri, file, access) as stream:
         start = stream.read(_LOOKED_AT_BYTES)
+    if start.startswith(_AUDIO):
+        return None
     packed = start.startswith(b"\x1f\x8b")
     if packed:
         try:
@@ -525,9 +531,9 @@ def _is_text(start: bytes, any_encoding: bool) -> bool:
 
 
 def _open_file(uri: str, file: StoredFile, access: Access) -> BinaryIO:
-    fs, path = open_file_system(uri, access)
     if is_local(uri):
-        return cast(BinaryIO, fs.open(path, "rb"))
+        return open(uri, "rb")
+    fs, path = open_file_system(uri, access)
     if not file.size:  # a web server that does not say
         return io.BytesIO(read_all(uri, access))
     return open_remote(fs, path, file.size, checksum=file.checksum, in_order=True)
