@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from student.labels import Label, audioset_labels
 from transforms.output import Output, open_output
-from transforms.read import AUDIO_SUFFIXES
 from transforms.storage import DEFAULT_ACCESS, Access
+from transforms.suffixes import AUDIO_SUFFIXES
 from transforms.write import CLIPS_FOLDER, RUN_FILE
 
 # As the errors of this package name the kinds of names, in the order in which they are compared.

@@ -109,7 +109,7 @@ def cli() -> None:
     default=AnnotateOptions.files_per_shard,
     show_default=True,
     metavar="N",
-    help="How many loose audio files make a shard.",
+    help="How many loose audio files, or rows of a manifest, make a shard.",
 )
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run's files from DIR first.")
 @click.option(
@@ -150,6 +150,31 @@ def cli() -> None:
     metavar="FILE",
     help="A file that names one INPUT a line.",
 )
+@click.option(
+    "--path-column",
+    metavar="NAME",
+    help="The column of a manifest that names the audio files. [default: path, audio_filepath, file_name or the like]",
+)
+@click.option(
+    "--id-column",
+    metavar="NAME",
+    help="The column that names the clips; '' for none. [default: id, clip_id, utt_id or the like]",
+)
+@click.option(
+    "--start-column",
+    metavar="NAME",
+    help="The column of the second where a clip begins; '' for none: files are not cut. [default: start, offset or the like]",
+)
+@click.option(
+    "--end-column",
+    metavar="NAME",
+    help="The column of the second where it ends; '' for none. [default: end or the like, or duration beside a start]",
+)
+@click.option(
+    "--audio-root",
+    metavar="DIR",
+    help="Where a manifest's relative paths begin. [default: the manifest's folder]",
+)
 @flags.billing_project
 @flags.kms_key
 @click.option(
@@ -183,8 +208,9 @@ def annotate(
     """Tag every clip in INPUT and write Parquet.
 
     An INPUT is a WebDataset tar, a Parquet file with an audio column, an audio
-    file, a folder (walked recursively) or a quoted glob of these: a local path or
-    a URL (gs://, s3://).
+    file, a manifest (CSV, TSV, JSON lines, Parquet, Kaldi, lhotse, AudioSet) whose
+    rows name audio files, a folder (walked recursively) or a quoted glob of these:
+    a local path or a URL (gs://, s3://).
     """
     own = [name for parameter in context.command.params for name in parameter.opts]
     quiet(verbose)

@@ -204,12 +204,12 @@ def finished_shards(output: Output) -> set[str]:
 def refuse_other_divisions(
     output: Output, planned: Callable[[], Iterable[Shard]], divided: set[str], finished: set[str]
 ) -> None:
-    """Refuses shards of a folder or Parquet file whose clips a finished file holds already.
+    """Refuses shards of a folder, manifest or Parquet file whose clips a finished file holds already.
 
     Args:
         output: where.
         planned: gives the planned shards once more; called only where there is doubt.
-        divided: ids of the planned shards of folders and Parquet files.
+        divided: ids of the planned shards of folders, manifests and Parquet files.
         finished: ids of the shards that have a file.
 
     Raises:
@@ -218,11 +218,14 @@ def refuse_other_divisions(
     doubtful = outdated({source_of(shard_id) for shard_id in divided}, finished - divided)
     if not doubtful:
         return
-    files = {
-        (as_text(public_url(s.uri)), as_text(public_name(s.uri, file)))
-        for s in planned()
-        for file in s.files
-    }
+    files: set[tuple[str, str]] = set()
+    manifests: set[str] = set()
+    for shard in planned():
+        if shard.kind == "manifest":
+            manifests.add(source_of(shard.id))
+        else:
+            uri = as_text(public_url(shard.uri))
+            files.update((uri, as_text(public_name(shard.uri, file))) for file in shard.files)
     for shard_id in doubtful:
         name = f"{CLIPS_FOLDER}/{shard_id}.parquet"
         with output.open(name) as stream:
@@ -230,10 +233,10 @@ def refuse_other_divisions(
             file = pq.ParquetFile(stream, pre_buffer=False)
             table = file.read(["shard", "member"], use_threads=False)
         rows = zip(table["shard"].to_pylist(), table["member"].to_pylist(), strict=True)
-        if "-rg" in shard_id or not files.isdisjoint(rows):
+        if "-rg" in shard_id or source_of(shard_id) in manifests or not files.isdisjoint(rows):
             raise UsageError(
                 f"{output.uri}/{name} is finished, but its input is divided "
-                "otherwise by now (files were added or removed, or --files-per-shard is another): clips "
+                "otherwise by now (files or rows were added or removed, or --files-per-shard is another): clips "
                 "would be in the table twice; "
                 "use --overwrite to start anew, or another --output"
             )

@@ -49,6 +49,11 @@ class AnnotateOptions:
     max_duration_s: float = 86_400.0
     clip_timeout_s: float = 600.0
     inputs_from: tuple[str, ...] = ()  # files that name more inputs
+    path_column: str | None = None  # of manifests, as the next four; None: found
+    id_column: str | None = None
+    start_column: str | None = None
+    end_column: str | None = None
+    audio_root: str | None = None
     billing_project: str | None = None
     kms_key: str | None = None
     gpu: str | None = None

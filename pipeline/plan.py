@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pipeline.options import AnnotateOptions, UsageError
+from transforms.manifest import ManifestOptions
 from transforms.meter import Meter
 from transforms.records import WHOLE_FILES, Shard
 from transforms.shards import find_shards, limit_shards, pack_shards, unpack_shards
@@ -36,6 +37,7 @@ class Planned:
     skipped: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
     divided: set[str] = field(default_factory=set)  # ids of shards that are parts of something
+    notes: list[str] = field(default_factory=list)  # how manifests are read
 
 
 def plan_inputs(
@@ -51,7 +53,7 @@ def plan_inputs(
 
     def unfinished() -> Iterator[Shard]:
         nonlocal clips
-        for shard in shards_of(inputs, options, access, planned.ignored, meter):
+        for shard in shards_of(inputs, options, access, planned.ignored, meter, planned.notes):
             planned.size_bytes += shard.size_bytes
             if shard.kind not in WHOLE_FILES:
                 planned.divided.add(shard.id)
@@ -75,10 +77,18 @@ def shards_of(
     access: Access,
     ignored: Counter[str],
     meter: Meter | None = None,
+    notes: list[str] | None = None,
 ) -> Iterator[Shard]:
     """The shards of the inputs, up to the limit."""
+    manifests = ManifestOptions(
+        options.path_column,
+        options.id_column,
+        options.start_column,
+        options.end_column,
+        options.audio_root,
+    )
     found = find_shards(
-        inputs, ignored, options.files_per_shard, access, meter, leave_out=options.output
+        inputs, ignored, options.files_per_shard, access, meter, options.output, manifests, notes
     )
     return iter(limit_shards(found, options.limit, access)) if options.limit else found
 

@@ -174,7 +174,7 @@ def prepare(options: AnnotateOptions) -> Job:
     run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype, made_on)
     inputs = named_inputs(options, access)
     if remote:
-        _refuse_local_inputs(inputs)
+        _refuse_local_inputs((*inputs, *filter(None, [options.audio_root])))
 
     def planned_again() -> Iterator[Shard]:
         return shards_of(inputs, options, access, Counter())
@@ -212,7 +212,7 @@ def prepare(options: AnnotateOptions) -> Job:
         reason = error.strerror or error
         raise UsageError(f"--output {options.output!r} cannot be written: {reason}") from error
     return Job(
-        options, beam_options, checkpoint, thresholds, workers, settings, notes, planned.todo,
+        options, beam_options, checkpoint, thresholds, workers, settings, [*notes, *planned.notes], planned.todo,
         planned.size_bytes, planned.ignored, finished, planned.skipped, output, access, meter, claimed, planned.divided, planned_again,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from pipeline.display import show_profile
 from pipeline.profile import _CURES, SIDES, profile_of
 from student.model import Student
-from transforms import annotate, decode, read
+from transforms import annotate, decode, read_tar
 from transforms.meter import DISTRIBUTIONS
 
 SLEEP_S = 0.03  # never less than that
@@ -187,11 +187,11 @@ class SlowResampler(soxr.ResampleStream):
 @pytest.mark.parametrize(
     ("side", "stage", "where", "name", "slow"),
     [
-        ("decoding", "read", read, "_spool", slowed(read._spool)),
+        ("decoding", "read", read_tar, "spool", slowed(read_tar.spool)),
         ("decoding", "decode", decode, "_measure", slowed(decode._measure)),
         ("decoding", "resample", decode.soxr, "ResampleStream", SlowResampler),
         ("model", "write", annotate, "clip_row", slowed(annotate.clip_row)),
-        ("model", "idle", read, "_spool", slowed(read._spool)),
+        ("model", "idle", read_tar, "spool", slowed(read_tar.spool)),
         ("decoding", "idle", annotate, "clip_row", slowed(annotate.clip_row)),
     ],
 )

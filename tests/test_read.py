@@ -24,11 +24,13 @@ import webdataset
 import xxhash
 import zstandard
 
-from transforms import read
-from transforms.read import count_tar_clips, is_audio, read_clips
+from transforms import opening, read_tar
+from transforms.read import read_clips
 from transforms.read_table import audio_column
+from transforms.read_tar import count_tar_clips
 from transforms.records import Shard, UnreadableClip
 from transforms.shards import plan_shards
+from transforms.suffixes import is_audio
 
 MakeTar = Callable[..., Path]
 Members = list[tuple[str, bytes]]
@@ -146,7 +148,7 @@ def test_json_that_is_no_object_is_kept_whole(
 def test_other_siblings_are_passed_over(
     tmp_path: Path, make_tar: MakeTar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "MAX_METADATA_BYTES", 10)
+    monkeypatch.setattr(read_tar, "MAX_METADATA_BYTES", 10)
     members = [
         ("a.wav", b"A"),
         ("a.npy", b"\x93NUMPY"),
@@ -410,7 +412,7 @@ def test_names_that_are_not_utf8_become_valid_text(tmp_path: Path, format: int) 
 def test_a_large_member_waits_on_disk(
     tmp_path: Path, make_tar: MakeTar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "_IN_MEMORY_BYTES", 1_000)
+    monkeypatch.setattr(opening, "_IN_MEMORY_BYTES", 1_000)
     content = bytes(range(250)) * 20
     tar = make_tar(tmp_path / "a.tar", [("a.wav", content), ("b.wav", b"B")])
     assert clips(shard("tar", tar)) == [("a.wav", content, {}), ("b.wav", b"B", {})]

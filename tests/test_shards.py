@@ -155,13 +155,16 @@ def test_a_file_whose_name_holds_glob_marks_is_itself(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_named_needs_no_known_suffix(tmp_path: Path) -> None:
-    touch(tmp_path, "clip.audio", "clip", "clip.wav")
+    for name in ("clip.audio", "clip"):
+        (tmp_path / name).write_bytes(b"RIFF\4\0\0\0WAVE")
     assert files_of(plan(tmp_path / "clip.audio").shards) == [("clip.audio",)]
     assert files_of(plan(tmp_path / "clip").shards) == [("clip",)]
 
 
 def test_a_glob_that_names_a_suffix_needs_no_known_one(tmp_path: Path) -> None:
-    touch(tmp_path, "a.audio", "b.audio", "c.wav")
+    touch(tmp_path, "c.wav")
+    for name in ("a.audio", "b.audio"):
+        (tmp_path / name).write_bytes(b"RIFF\4\0\0\0WAVE")
     assert plan(tmp_path / "*.audio") == plan(tmp_path / "a.audio", tmp_path / "b.audio")
     assert files_of(plan(tmp_path / "*.audio").shards) == [("a.audio", "b.audio")]
 
@@ -370,8 +373,10 @@ def test_a_parquet_file_without_audio_is_refused_when_named(tmp_path: Path) -> N
     with pytest.raises(InputError) as refusal:
         plan(file)
     assert str(refusal.value) == (
-        f"{str(file)!r} has no audio column: expected a struct<bytes, path> as Hugging Face stores "
-        "audio, found clip: string, score: double"
+        f"{str(file)!r} has no audio column (a struct<bytes, path> as Hugging Face stores audio), and "
+        "as a manifest it has no path column; it has clip: string, score: double: name the column of "
+        "the audio's paths with --path-column (path, audio_filepath, file_name, filename and the like "
+        "are found)"
     )
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import posixpath
 import stat
-import tarfile
-import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,11 +14,13 @@ from contextlib import closing
 from itertools import islice
 from typing import Any, BinaryIO, cast
 
-import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from transforms.meter import Meter
+from transforms.opening import FILES_AHEAD, open_shard, seekable, spool
+from transforms.read_manifest import read_manifest
 from transforms.read_table import OpenFile, read_arrow, read_parquet
+from transforms.read_tar import read_tar
 from transforms.read_tfrecord import read_tfrecord
 from transforms.read_zip import read_zip
 from transforms.records import ClipError, EncodedClip, Shard, UnreadableClip, as_text
@@ -35,27 +34,9 @@ from transforms.storage import (
     public_name,
     public_url,
 )
-from transforms.unpack import DamagedStream, unpacked
-
-AUDIO_SUFFIXES = frozenset(
-    ".3gp .aac .ac3 .aif .aifc .aiff .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp3 "
-    ".mp4 .mpga .oga .ogg .opus .rf64 .snd .tta .w64 .wav .wave .webm .wma .wv".split()
-)
-METADATA_SUFFIXES = (".json", ".txt", ".cls")
-MAX_METADATA_BYTES = 1 << 20  # a sibling file larger than this is no metadata
-
-_BLOCK_BYTES = 1 << 20
-_IN_MEMORY_BYTES = 32 << 20  # a larger encoded clip waits on disk while it is decoded
-_FILES_AHEAD = 8  # remote files fetched at a time, in memory or on disk as `_IN_MEMORY_BYTES` says
-_MAX_SAMPLE_CLIPS = 16  # clips of one key held while their metadata may still come
+from transforms.suffixes import is_audio
 
 Clips = Iterator[EncodedClip | UnreadableClip]
-
-
-def is_audio(name: str) -> bool:
-    """Whether a file's last suffix is that of an audio format; hidden files are none."""
-    hidden = posixpath.basename(name).startswith(".")
-    return not hidden and posixpath.splitext(name)[1].lower() in AUDIO_SUFFIXES
 
 
 def read_clips(shard: Shard, access: Access = DEFAULT_ACCESS, meter: Meter | None = None) -> Clips:
@@ -77,48 +58,20 @@ def read_clips(shard: Shard, access: Access = DEFAULT_ACCESS, meter: Meter | Non
         local = is_local(shard.uri)
         yield from _read_files(shard) if local else _read_remote_files(shard, access, meter)
         return
+    if shard.kind == "manifest":
+        yield from read_manifest(shard, access, meter)
+        return
     with open_shard(shard, access, meter) as stream:
         if shard.kind == "tar":
-            yield from _read_tar(stream)
+            yield from read_tar(stream)
         elif shard.kind == "tfrecord":
             yield from read_tfrecord(stream)
         elif shard.kind == "zip":
-            yield from read_zip(stream, is_audio, _spool)
+            yield from read_zip(stream, is_audio, spool)
         elif shard.kind == "arrow":
             yield from read_arrow(stream, _files_beside(shard, access, meter))
         else:
             yield from read_parquet(stream, shard.row_groups, _files_beside(shard, access, meter))
-
-
-def open_shard(
-    shard: Shard,
-    access: Access = DEFAULT_ACCESS,
-    meter: Meter | None = None,
-    in_order: bool | None = None,
-) -> BinaryIO:
-    """The file of a shard that is one, open for reading.
-
-    Args:
-        shard: whose.
-        access: how remote storage is used.
-        meter: counts `read_retries`.
-        in_order: whether it will be read from start to end; None: as its kind is.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
-    fs, path = open_file_system(shard.uri, access)
-    if is_local(shard.uri):
-        return cast(BinaryIO, fs.open(path, "rb"))
-    size = shard.file_sizes[0] if shard.file_sizes else shard.size_bytes
-    if in_order is None:
-        in_order = shard.kind in ("tar", "arrow", "tfrecord")
-    return open_remote(fs, path, size, checksum=shard.checksum, in_order=in_order, meter=meter)
-
-
-def count_tar_clips(stream: BinaryIO, enough: int) -> int:
-    """How many clips a tar gives, counting no further than `enough`."""
-    return sum(1 for _ in islice(_read_tar(stream), enough))
 
 
 # --------------------------------------------------------------------- files
@@ -126,17 +79,24 @@ def count_tar_clips(stream: BinaryIO, enough: int) -> int:
 
 def _read_files(shard: Shard) -> Clips:
     fs, root = open_file_system(shard.uri)
-    for name in shard.files:
+    for name, metadata in zip(shard.files, _file_metadata(shard), strict=True):
         member = as_text(name)
         try:
             with fs.open(posixpath.join(root, name), "rb") as stream:
-                audio, digest, size = _seekable(stream)
-                yield EncodedClip(member, audio, size, digest, {})
+                audio, digest, size = seekable(stream)
+                yield EncodedClip(member, audio, size, digest, metadata)
         except FileNotFoundError:
-            yield UnreadableClip(member, ClipError("read", "FileNotFound", "the file is gone"), {})
+            error = ClipError("read", "FileNotFound", "the file is gone")
+            yield UnreadableClip(member, error, metadata)
         except (PermissionError, IsADirectoryError) as error:
             message = f"the file cannot be opened: {error.strerror}"
-            yield UnreadableClip(member, ClipError("read", type(error).__name__, message), {})
+            yield UnreadableClip(member, ClipError("read", type(error).__name__, message), metadata)
+
+
+def _file_metadata(shard: Shard) -> Iterator[dict[str, Any]]:
+    """What a metadata file beside them says of a shard's files."""
+    for text in shard.file_metadata or ("",) * len(shard.files):
+        yield json.loads(text) if text else {}
 
 
 def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Clips:
@@ -148,29 +108,32 @@ def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Cli
 
     def fetch(name: str, size: int, checksum: str | None) -> tuple[BinaryIO, str, int]:
         path = f"{root.rstrip('/')}/{name}"
+        if size < 0:
+            return fetch(fs.unstrip_protocol(path), access, meter)
         with open_remote(fs, path, size, checksum=checksum, in_order=True, meter=meter) as stream:
-            return _spool(stream)
+            return spool(stream)
 
     coming: deque[tuple[str, Future[tuple[BinaryIO, str, int]]]] = deque()
     checksums = shard.file_checksums or (None,) * len(shard.files)
     left = iter(zip(shard.files, shard.file_sizes, checksums, strict=True))
-    with ThreadPoolExecutor(_FILES_AHEAD, "earmark-fetch") as pool:
+    all_metadata = _file_metadata(shard)
+    with ThreadPoolExecutor(FILES_AHEAD, "earmark-fetch") as pool:
         try:
             while True:
-                for name, size, checksum in islice(left, _FILES_AHEAD - len(coming)):
+                for name, size, checksum in islice(left, FILES_AHEAD - len(coming)):
                     coming.append((name, pool.submit(fetch, name, size, checksum)))
                 if not coming:
                     return
                 name, fetched = coming.popleft()
-                member = as_text(public_name(shard.uri, name))
+                member, metadata = as_text(public_name(shard.uri, name)), next(all_metadata)
                 try:
                     audio, digest, size = fetched.result()
                 except FileNotFoundError:
                     error = ClipError("read", "FileNotFound", "the file is gone")
-                    yield UnreadableClip(member, error, {})
+                    yield UnreadableClip(member, error, metadata)
                     continue
                 with closing(audio):
-                    yield EncodedClip(member, audio, size, digest, {})
+                    yield EncodedClip(member, audio, size, digest, metadata)
         finally:
             for _, fetched in coming:
                 fetched.cancel()
@@ -189,12 +152,12 @@ def _files_beside(shard: Shard, access: Access, meter: Meter | None) -> OpenFile
             if isinstance(fs, LocalFileSystem):
                 if not stat.S_ISREG(os.stat(name).st_mode):  # a pipe would never end
                     raise ClipError("read", "NoFile", "the path names a folder or device, no file")
-                return _seekable(cast(BinaryIO, fs.open(name, "rb")))
+                return seekable(cast(BinaryIO, fs.open(name, "rb")))
             size = patiently(lambda: fs.info(name), place, "read_retries", meter)["size"]
             if size is None:
                 raise ValueError(f"the server does not say how large {public_url(place)} is")
             with open_remote(fs, name, size, in_order=True, meter=meter) as stream:
-                return _spool(stream)
+                return spool(stream)
         except (FileNotFoundError, NotADirectoryError) as error:
             message = "the row holds no audio bytes, and the file that its path names is not there"
             raise ClipError("read", "FileNotFound", message) from error
@@ -208,185 +171,3 @@ def _files_beside(shard: Shard, access: Access, meter: Meter | None) -> OpenFile
             raise ClipError("read", "NotReachable", message) from error
 
     return open_file
-
-
-# ---------------------------------------------------------------------- tars
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """Makes a damaged header an error.
-
-    tarfile takes a damaged or missing header anywhere but at the start for the
-    end of the archive, and stops without a word.
-    """
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictTarInfo:
-        try:
-            return cast(_StrictTarInfo, super().fromtarfile(tar))
-        except tarfile.EOFHeaderError:
-            raise  # the zero block that ends an archive
-        except tarfile.HeaderError as error:
-            reason = {
-                "EmptyHeaderError": "it ends without tar's end marker",
-                "TruncatedHeaderError": "it ends inside a header",
-            }.get(type(error).__name__, "a header is damaged")
-            raise tarfile.ReadError(reason) from error
-        except (ValueError, OverflowError) as error:  # numbers in extended headers
-            raise tarfile.ReadError("a header is damaged") from error
-
-
-def _read_tar(stream: BinaryIO) -> Clips:
-    """Clips of a WebDataset tar: members with one key make a sample, each audio member a clip.
-
-    The key is the member's folder and its base name up to the first dot.
-    """
-    sample = _Sample("")
-    members, reading, name = 0, False, None
-    # Unpacked here: tarfile reads only the first part of a concatenated gzip, checks no checksum
-    # and knows no Zstandard.
-    plain = unpacked(stream)
-    try:
-        with tarfile.open(
-            fileobj=plain, mode="r|", tarinfo=_StrictTarInfo, errors="surrogateescape"
-        ) as tar:
-            for info in tar:
-                members += 1
-                name = as_text(info.name)
-                if key_of(name) != sample.key:
-                    yield from sample.take_all()
-                    sample = _Sample(key_of(name))
-                reading = is_audio(name)
-                if info.issym() or info.islnk():
-                    if reading:
-                        target = as_text(info.linkname)
-                        message = (
-                            f"the member is a link to {target!r}; links in tars are not followed"
-                        )
-                        yield UnreadableClip(name, ClipError("read", "Link", message), {})
-                elif info.isreg() and reading:
-                    sample.add_audio(name, *_spool(cast(BinaryIO, tar.extractfile(info))))
-                    yield from sample.take_surplus()
-                elif info.isreg() and _is_metadata(name) and info.size <= MAX_METADATA_BYTES:
-                    content = cast(BinaryIO, tar.extractfile(info))
-                    sample.add_metadata(name, content.read())
-                reading = False
-        while plain.read(_BLOCK_BYTES):  # to the end, where a packed file keeps its checksum
-            pass
-    except (tarfile.TarError, DamagedStream) as error:
-        yield from sample.take_all()
-        # To the end, where a remote file's checksum is compared: what broke may be the way here.
-        while stream.read(_BLOCK_BYTES):
-            pass
-        place = f"inside member {members}" if reading else f"after {members} members"
-        yield UnreadableClip(
-            name if reading else None,
-            ClipError("read", "BrokenShard", f"the tar is broken {place}: {_reason(error)}"),
-            {},
-        )
-    else:
-        yield from sample.take_all()
-
-
-def key_of(name: str) -> str:
-    """The key of a member: its folder, and its base name up to the first dot."""
-    return posixpath.join(posixpath.dirname(name), posixpath.basename(name).partition(".")[0])
-
-
-class _Sample:
-    """The members of a tar that share a key, until the next key comes.
-
-    Metadata may stand before or after its audio. Where the names have dots beyond
-    the key (`a_0.5.wav`, `a_0.5.json`, `a_1.5.wav`, ...), metadata goes to the
-    audio of the same stem; else to all audio of the sample.
-    """
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self._audio: list[tuple[str, BinaryIO, str, int]] = []
-        self._stems: set[str] = set()
-        self._metadata: dict[str, dict[str, Any]] = {}
-
-    def add_audio(self, member: str, file: BinaryIO, digest: str, size: int) -> None:
-        self._audio.append((member, file, digest, size))
-        self._stems.add(posixpath.splitext(member)[0])
-
-    def add_metadata(self, member: str, content: bytes) -> None:
-        stem, suffix = posixpath.splitext(member)
-        self._metadata.setdefault(stem, {}).update(_sibling(suffix.lower(), content))
-
-    def take_all(self) -> Clips:
-        """The clips; none is left."""
-        return self._take(len(self._audio))
-
-    def take_surplus(self) -> Clips:
-        """All but the last clip where there are many: names with a dot early may all share a key."""
-        return self._take(len(self._audio) - 1 if len(self._audio) >= _MAX_SAMPLE_CLIPS else 0)
-
-    def _take(self, count: int) -> Clips:
-        taken, self._audio = self._audio[:count], self._audio[count:]
-        for member, file, digest, size in taken:
-            metadata: dict[str, Any] = {}
-            own = posixpath.splitext(member)[0]
-            for stem, entries in self._metadata.items():
-                if stem == own or stem not in self._stems:
-                    metadata.update(entries)
-            with closing(file):
-                yield EncodedClip(member, file, size, digest, metadata)
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if "unexpected end of data" in text:
-        return "it ends inside a member"
-    return text or type(error).__name__
-
-
-def _is_metadata(name: str) -> bool:
-    return posixpath.splitext(name)[1].lower() in METADATA_SUFFIXES
-
-
-def _sibling(suffix: str, content: bytes) -> dict[str, Any]:
-    """Metadata of a sample: the entries of a `.json` object; the text of `.txt` and `.cls`."""
-    text = content.decode("utf-8", "replace")
-    if suffix == ".json":
-        try:
-            parsed = json.loads(text, parse_constant=lambda _: None)  # NaN is no JSON
-        except (ValueError, RecursionError):
-            return {"json": text}
-        return parsed if isinstance(parsed, dict) else {"json": parsed}
-    return {suffix[1:]: text.strip()}
-
-
-# -------------------------------------------------------------------- shared
-
-
-def _seekable(stream: BinaryIO) -> tuple[BinaryIO, str, int]:
-    """(a seekable file at its start, xxh128, bytes) of an open file, copied only if remote."""
-    if not hasattr(stream, "fileno"):
-        return _spool(stream)
-    digest, size = xxhash.xxh128(), 0
-    while block := stream.read(_BLOCK_BYTES):
-        digest.update(block)
-        size += len(block)
-    stream.seek(0)
-    return stream, digest.hexdigest(), size
-
-
-def _spool(stream: BinaryIO) -> tuple[BinaryIO, str, int]:
-    """(a seekable copy at its start, xxh128, bytes); large ones go to a temporary file.
-
-    Not a `SpooledTemporaryFile`, whose methods are Python's: a decoder asks a dozen times a clip.
-    """
-    digest, size = xxhash.xxh128(), 0
-    copy: BinaryIO = io.BytesIO()
-    while block := stream.read(_BLOCK_BYTES):
-        digest.update(block)
-        if size <= _IN_MEMORY_BYTES < size + len(block):
-            with cast(io.BytesIO, copy) as small:
-                copy = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
-                copy.write(small.getbuffer())
-        size += len(block)
-        copy.write(block)
-    copy.seek(0)
-    return copy, digest.hexdigest(), size

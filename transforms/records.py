@@ -59,6 +59,26 @@ WHOLE_FILES = ("tar", "arrow", "tfrecord", "zip")
 
 
 @dataclass(frozen=True)
+class ManifestSlice:
+    """Consecutive rows of a manifest, and how they are to be read; `transforms.manifest` does."""
+
+    form: str
+    delimiter: str  # of a table
+    columns: tuple[str, ...]  # of a table
+    path_column: str | None
+    id_column: str | None  # this and the next: "" for none, None for the usual names
+    start_column: str | None
+    end_column: str | None
+    root: str = ""  # what relative paths begin at
+    first_row: int = 0
+    rows: int = 0
+    start: int = 0  # bytes, in the manifest as it is unpacked
+    end: int = 0
+    digest: str = ""  # XXH3 of these bytes
+    text: str | None = None  # the bytes, where they cannot be found in the manifest
+
+
+@dataclass(frozen=True)
 class Shard:
     """A unit of work: read as one, published as one Parquet file named `id`.
 
@@ -67,17 +87,20 @@ class Shard:
     """
 
     id: str
-    uri: str  # the tar, the Parquet file, ..., or the folder of the files
-    kind: Literal["tar", "parquet", "arrow", "tfrecord", "zip", "files"]
+    uri: str  # the tar, the Parquet file, the manifest, ..., or the folder of the files
+    kind: Literal["tar", "parquet", "arrow", "tfrecord", "zip", "files", "manifest"]
     size_bytes: int
-    files: tuple[str, ...] = ()  # paths relative to `uri`, for kind "files"
+    # Paths relative to `uri`, for kind "files"; of a manifest, paths that its rows do not say.
+    files: tuple[str, ...] = ()
     row_groups: tuple[int, int] | None = None  # first and one past the last, for kind "parquet"
     max_clips: int | None = None  # stop after so many clips (--limit)
     checksum: str | None = None  # of the file, as `storage.StoredFile` has it
-    # Bytes of `files` where they are remote, or of the file of which `row_groups` is a part:
-    # what spares a worker the question.
+    # Bytes of `files` where they are remote (-1: nobody has looked), or of the file of which
+    # `row_groups` or `manifest` is a part: what spares a worker the question.
     file_sizes: tuple[int, ...] = ()
     file_checksums: tuple[str | None, ...] = ()  # of `files` where they are remote
+    file_metadata: tuple[str, ...] = ()  # of `files`: JSON, "" where there is none
+    manifest: ManifestSlice | None = None
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import io
 import json
 import os
 import posixpath
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,8 +23,25 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from transforms.braces import expand_braces, has_braces
+from transforms.manifest import (
+    DEFAULT_MANIFESTS,
+    FOLDER_METADATA,
+    MANIFEST_SUFFIXES,
+    Manifest,
+    ManifestError,
+    ManifestOptions,
+    divide,
+    folder_rows,
+    head_of,
+    lines_of,
+    parquet_lines,
+    recognise,
+    recognise_parquet,
+    scp_paths,
+    segment_files,
+)
 from transforms.meter import Meter
-from transforms.read import count_tar_clips, is_audio, open_shard
+from transforms.opening import open_shard
 from transforms.read_table import (
     arrow_audio_column,
     count_arrow_rows,
@@ -31,9 +50,10 @@ from transforms.read_table import (
     open_parquet,
     parquet_audio_column,
 )
+from transforms.read_tar import count_tar_clips
 from transforms.read_tfrecord import TFRECORD_NAME, count_tfrecord_clips, has_audio
 from transforms.read_zip import zip_members
-from transforms.records import Shard
+from transforms.records import ManifestSlice, Shard, as_text
 from transforms.storage import (
     CLOUD_STORAGE,
     DEFAULT_ACCESS,
@@ -49,11 +69,13 @@ from transforms.storage import (
     is_local,
     list_cloud,
     open_file_system,
+    open_remote,
     public_name,
     public_url,
     read_all,
     unsigned_url,
 )
+from transforms.suffixes import is_audio
 
 FILES_PER_SHARD = 256
 PARQUET_SHARD_BYTES = 512 << 20  # of row groups; larger Parquet files are split
@@ -84,10 +106,13 @@ def plan_shards(
     files_per_shard: int = FILES_PER_SHARD,
     access: Access = DEFAULT_ACCESS,
     meter: Meter | None = None,
+    manifests: ManifestOptions = DEFAULT_MANIFESTS,
 ) -> Plan:
     """The shards of `find_shards`, as a list, and what was left out."""
     ignored: Counter[str] = Counter()
-    found = list(find_shards(patterns, ignored, files_per_shard, access, meter))
+    found = list(
+        find_shards(patterns, ignored, files_per_shard, access, meter, manifests=manifests)
+    )
     return Plan(found, ignored)
 
 
@@ -98,10 +123,12 @@ def find_shards(
     access: Access = DEFAULT_ACCESS,
     meter: Meter | None = None,
     leave_out: str | None = None,
+    manifests: ManifestOptions = DEFAULT_MANIFESTS,
+    notes: list[str] | None = None,
 ) -> Iterator[Shard]:
     """Yields the shards behind files, folders (walked recursively) and globs.
 
-    Tars, Parquet files and the like come as they are found, loose files at the end. One
+    Tars, Parquet files, manifests and the like come as they are found, loose files at the end. One
     pattern in Cloud Storage is listed once and held a page at a time, whatever it matches.
 
     Args:
@@ -114,12 +141,17 @@ def find_shards(
         access: how remote storage is used.
         meter: counts `list_retries`.
         leave_out: a folder whose files are no input: the output, where it lies among them.
+        manifests: what the user says of manifests. A file that is named is read as one where
+            its content is; in a folder, `metadata.csv` and the like join the rows of its files.
+        notes: receives how each manifest is read.
 
     Raises:
         InputError: a pattern matches nothing that earmark reads.
     """
     seen: set[str] = set()  # shard ids and files, so that overlapping inputs give none twice
     loose: dict[str, dict[str, StoredFile]] = {}  # root -> relative path -> file
+    told: dict[str, _Told] = {}  # file -> what an AudioFolder's metadata says of it
+    notes = [] if notes is None else notes
     flushed: Counter[str] = Counter()  # root -> shards of loose files yielded already
     in_order = False
 
@@ -149,6 +181,7 @@ def find_shards(
         found = 0
         looked_at: set[str] = set()  # kinds of files that this pattern names
         saved = _Saved(access)
+        keeps: bool | None = None  # Cloud Storage's files, until the metadata beside them is read
         for root, file, named in _matches(fs, path, pattern, access, meter):
             uri = _uri(fs, file.path)
             if output and uri.startswith(output):
@@ -158,7 +191,17 @@ def find_shards(
             if kind == "arrow" and (reason := saved.leaves_out(uri, named)):
                 passed_over[reason] += 1
                 continue
-            if kind is not None:
+            shards: Iterable[Shard]
+            if not named and (rows := _folder_metadata(uri, file, access)) is not None:
+                if in_order and flushed[_uri(fs, root)]:
+                    passed_over[f"{posixpath.basename(uri)} below the folder named"] += 1
+                    continue
+                notes.append(f"joins the rows of {as_text(uri)} to the files that they name")
+                for place, row in _told_by(_uri(fs, root), uri, rows):
+                    if place not in told or told[place].depth <= row.depth:
+                        told[place] = row
+                shards = []
+            elif kind is not None:
                 whole = Shard(_id(uri), uri, kind, file.size, checksum=file.checksum)
                 if kind == "tar":
                     shards = [whole]
@@ -167,19 +210,38 @@ def find_shards(
                     # tells whether it is audio that they mean.
                     shards = [whole]
                 else:
-                    shards = list(_shards_with_audio(whole, must_have_audio=named, access=access))
-                    looked_at.add(kind)
+                    # A Parquet file without audio may be a manifest.
+                    needs_audio = named and kind != "parquet"
+                    shards = list(
+                        _shards_with_audio(whole, must_have_audio=needs_audio, access=access)
+                    )
+                    if shards:
+                        looked_at.add(kind)
+                if not shards and named and kind == "parquet":
+                    shards = _parquet_manifest(uri, file, files_per_shard, access, manifests, notes)
                 if not shards:
                     passed_over[f".{kind} without audio"] += 1
                     continue
+            elif (
+                named
+                and not is_audio(name)
+                and not (remote and "files" in looked_at and not _is_manifest_name(name))
+                and (manifest := _look(uri, file, access, manifests)) is not None
+            ):
+                shards = _manifest_shards(
+                    uri, file, manifest, files_per_shard, access, meter, notes
+                )
             elif named or is_audio(name):
                 shards = []
+                looked_at.add("files")
                 if is_new(unsigned_url(uri)):
                     url = _uri(fs, root)
                     files = loose.setdefault(url, {})
                     files[_below(root, file.path)] = file
-                    if in_order and len(files) == files_per_shard:
-                        shards = [_file_shard(url, flushed[url], loose.pop(url), remote)]
+                    if in_order and keeps is None:
+                        keeps = not named and _has_metadata(root, access, meter)
+                    if in_order and not keeps and len(files) == files_per_shard:
+                        shards = [_file_shard(url, flushed[url], loose.pop(url), remote, told)]
                         flushed[url] += 1
             else:
                 if not named and posixpath.basename(name) == STATE_FILE:
@@ -196,11 +258,16 @@ def find_shards(
                 + "; check the path, and quote globs so that the shell leaves them alone"
             )
         ignored += passed_over
+    for place, row in told.items():
+        if in_order and flushed[row.root]:
+            continue  # the file may be there, in a shard that has gone out
+        if row.name not in loose.get(row.root, {}) and is_new(place):
+            loose.setdefault(row.root, {})[row.name] = StoredFile(place, -1)
     for root in sorted(loose):
         files = sorted(loose[root].items())
         for start in range(0, len(files), files_per_shard):
             group = dict(files[start : start + files_per_shard])
-            yield _file_shard(root, flushed[root], group, not is_local(root))
+            yield _file_shard(root, flushed[root], group, not is_local(root), told)
             flushed[root] += 1
 
 
@@ -212,14 +279,20 @@ def pack_shards(shards: Iterable[Shard]) -> Iterator[bytes]:
     """
     left = iter(shards)
     while packet := list(islice(left, _PACKED_SHARDS)):
-        text = json.dumps([list(vars(shard).values()) for shard in packet])
+        text = json.dumps([list(vars(shard).values()) for shard in packet], default=vars)
         yield zlib.compress(text.encode(), 6)
 
 
 def unpack_shards(packet: bytes) -> Iterator[Shard]:
     """The shards of one packet."""
     for values in json.loads(zlib.decompress(packet)):
-        yield Shard(*(tuple(value) if isinstance(value, list) else value for value in values))
+        yield Shard(*map(_unpacked, values))
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return ManifestSlice(**{name: _unpacked(entry) for name, entry in value.items()})
+    return tuple(value) if isinstance(value, list) else value
 
 
 def limit_shards(
@@ -238,7 +311,7 @@ def limit_shards(
 
 
 def outdated(sources: set[str], not_planned: Iterable[str]) -> list[str]:
-    """Finished shards of a folder or Parquet file that has been divided differently since.
+    """Finished shards of a folder, Parquet file or manifest that is divided otherwise by now.
 
     Their rows would stand beside those of the new division, some of them twice.
 
@@ -250,8 +323,8 @@ def outdated(sources: set[str], not_planned: Iterable[str]) -> list[str]:
 
 
 def source_of(shard_id: str) -> str:
-    """The part of an id that names the tar, Parquet file or folder."""
-    return re.sub(r"(-rg\d{5}-\d{5}|-\d{5}-[0-9a-f]{12})$", "", shard_id)
+    """The part of an id that names the tar, Parquet file, manifest or folder."""
+    return re.sub(r"(-rg\d{5}-\d{5}|-\d{5,}-[0-9a-f]{12})$", "", shard_id)
 
 
 def _file_system(pattern: str, access: Access) -> tuple[Any, str]:
@@ -259,7 +332,22 @@ def _file_system(pattern: str, access: Access) -> tuple[Any, str]:
         fs, path = open_file_system(pattern, access)
     except (ImportError, ValueError) as error:
         raise InputError(f"{public_url(pattern)!r} cannot be opened: {error}") from error
+    if isinstance(fs, LocalFileSystem):
+        return fs, _plain_path(path)
     return fs, path.rstrip("/") or path
+
+
+def _plain_path(path: str) -> str:
+    """A local path in the one spelling that ids are made of: no `..`, no `//`, no `/` at its end."""
+    plain = "/" + os.path.normpath(path).lstrip("/")
+    # Through a link, `..` leads elsewhere than it reads.
+    if (
+        ".." in path.split("/")
+        and os.path.exists(path)
+        and not (os.path.exists(plain) and os.path.samefile(path, plain))
+    ):
+        return os.path.realpath(path)
+    return plain
 
 
 def _uri(fs: Any, path: str) -> str:
@@ -509,7 +597,7 @@ class _Saved:
 def _shards_with_audio(whole: Shard, *, must_have_audio: bool, access: Access) -> Iterator[Shard]:
     """One shard, or several where it is a large Parquet file; none where there is no audio."""
     if whole.kind == "parquet":
-        yield from _parquet_shards(whole, must_have_audio=must_have_audio, access=access)
+        yield from _parquet_shards(whole, access)
         return
     with open_shard(whole, access, in_order=False) as stream:
         if whole.kind == "zip":
@@ -547,13 +635,13 @@ def _columns_of(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)[:300]
 
 
-def _parquet_shards(whole: Shard, *, must_have_audio: bool, access: Access) -> Iterator[Shard]:
+def _parquet_shards(whole: Shard, access: Access) -> Iterator[Shard]:
     """One shard, or several where the row groups are large; none where there is no audio."""
     size = whole.size_bytes
     try:
         with open_shard(whole, access) as stream:
             parquet = open_parquet(stream)
-            schema, footer = parquet.schema_arrow, parquet.metadata
+            footer = parquet.metadata
             column = parquet_audio_column(parquet)
     except (pa.ArrowException, OSError) as error:
         if not is_damage(error):
@@ -561,11 +649,6 @@ def _parquet_shards(whole: Shard, *, must_have_audio: bool, access: Access) -> I
         yield whole  # reading it gives the row that says what is broken
         return
     if column is None:
-        if must_have_audio:
-            raise InputError(
-                f"{public_url(whole.uri)!r} has no audio column: expected a struct<bytes, path> as Hugging Face "
-                f"stores audio, found {_columns_of(schema)}"
-            )
         return
     if size <= PARQUET_SHARD_BYTES or footer.num_row_groups < 2:
         yield whole
@@ -587,23 +670,311 @@ def _parquet_shards(whole: Shard, *, must_have_audio: bool, access: Access) -> I
             first, group_bytes = group + 1, 0
 
 
-def _file_shard(root: str, number: int, found: dict[str, StoredFile], remote: bool) -> Shard:
+def _file_shard(
+    root: str, number: int, found: dict[str, StoredFile], remote: bool, told: Mapping[str, _Told]
+) -> Shard:
     files, sizes = tuple(found), tuple(file.size for file in found.values())
     names = [unsigned_url(f"{root}/{file}") for file in files] if root.startswith(WEB) else files
+    metadata = (
+        tuple(
+            told[place].metadata if (place := f"{root.rstrip('/')}/{name}") in told else ""
+            for name in files
+        )
+        if told
+        else ()
+    )
     return Shard(
         id=f"{_id(root)}-{number:05d}-{_hash(chr(0).join(names))}",
         uri=root,
         kind="files",
-        size_bytes=sum(sizes),
+        size_bytes=sum(size for size in sizes if size > 0),
         files=files,
         file_sizes=sizes if remote else (),
         file_checksums=tuple(file.checksum for file in found.values()) if remote else (),
+        file_metadata=metadata if any(metadata) else (),
     )
+
+
+# ---------------------------------------------------------------- manifests
+
+
+_NO_AUDIO = (b"PK\3\4", b"%PDF", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"7z\xbc\xaf", b"Rar!",
+             b"\x89HDF", b"\x93NUMPY", b"\x7fELF", b"SQLite", b"BZh", b"\xfd7zXZ")  # fmt: skip
+_AUDIO = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff",
+          b"#!AMR", b"ADIF", b"MAC ", b"wvPK", b"TTA", b"MPCK", b"MP+", b"DSD ")  # fmt: skip
+_LOOKED_AT_BYTES = 64 << 10
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def _manifest_name(path: str) -> str:
+    return posixpath.basename(path).lower().removesuffix(".gz")
+
+
+def _is_manifest_name(path: str) -> bool:
+    return _manifest_name(path).endswith(MANIFEST_SUFFIXES)
+
+
+def _look(uri: str, file: StoredFile, access: Access, options: ManifestOptions) -> Manifest | None:
+    """How a file is to be read that the user named; None where it may be audio.
+
+    Raises:
+        InputError: it is neither.
+    """
+    name = _manifest_name(file.path)
+    with _open_file(uri, file, access) as stream:
+        start = stream.read(_LOOKED_AT_BYTES)
+    if start.startswith(_AUDIO):
+        return None
+    packed = start.startswith(b"\x1f\x8b")
+    if packed:
+        try:
+            start = zlib.decompressobj(31).decompress(start, _LOOKED_AT_BYTES)
+        except zlib.error as error:
+            raise InputError(f"{uri!r} is a damaged gzip file: {error}") from error
+    is_meant = _is_manifest_name(file.path)
+    is_text = _is_text(start, is_meant) or (is_meant and start.startswith(_UTF16))
+    if not is_text or not (start or is_meant):
+        if packed or is_meant or start.startswith(_NO_AUDIO):
+            raise InputError(
+                f"{uri!r} is no audio, no manifest and no shard that earmark reads; name tars, Parquet, "
+                "audio files, manifests, or folders of them"
+            )
+        return None
+    try:
+        manifest = recognise(name, head_of(_lines(uri, file, access)), options)
+    except ManifestError as error:
+        raise InputError(f"{uri!r} {error}") from error
+    if manifest is None:
+        raise InputError(
+            f"{uri!r} is text: no audio, and no manifest, which has a header with a column such as path, "
+            "or JSON lines. A list of inputs is given with --inputs-from"
+        )
+    return manifest
+
+
+def _is_text(start: bytes, any_encoding: bool) -> bool:
+    if re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", start):
+        return False
+    try:
+        start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return any_encoding or error.start >= len(start) - 3 >= 1  # cut inside a letter
+    return True
+
+
+def _open_file(uri: str, file: StoredFile, access: Access) -> BinaryIO:
+    if is_local(uri):
+        return open(uri, "rb")
+    fs, path = open_file_system(uri, access)
+    if not file.size:  # a web server that does not say
+        return io.BytesIO(read_all(uri, access))
+    return open_remote(fs, path, file.size, checksum=file.checksum, in_order=True)
+
+
+def _lines(uri: str, file: StoredFile, access: Access) -> Iterator[bytes]:
+    """The lines of a text file, unpacked where it is gzip.
+
+    Raises:
+        ManifestError: it cannot be unpacked, or is no text.
+    """
+    with _open_file(uri, file, access) as stream:
+        packed = stream.read(2) == b"\x1f\x8b"
+        stream.seek(0)
+        if not packed:
+            yield from lines_of(stream)
+            return
+        try:
+            yield from lines_of(cast(BinaryIO, gzip.GzipFile(fileobj=stream)))
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ManifestError(f"is a damaged gzip file: {error}") from error
+
+
+def _manifest_shards(
+    uri: str,
+    file: StoredFile,
+    manifest: Manifest,
+    rows_per_shard: int,
+    access: Access,
+    meter: Meter | None,
+    notes: list[str],
+) -> Iterator[Shard]:
+    """The shards of a manifest of text.
+
+    Raises:
+        InputError: it has no rows, or cannot be divided into them.
+    """
+    folder = posixpath.dirname(uri)
+    root = folder
+    if manifest.options.audio_root:
+        root = _uri(*_file_system(manifest.options.audio_root, access))
+    files = None
+    try:
+        if manifest.form in ("wav.scp", "segments"):
+            scp, segments = uri, f"{folder}/segments"
+            if manifest.form == "segments":
+                scp, segments = f"{folder}/wav.scp", uri
+            if (found := _stored_at(segments, access)) is not None:
+                paths = _stored_at(scp, access)
+                if paths is None:
+                    raise ManifestError(
+                        "needs a wav.scp beside it, with the paths of its recordings"
+                    )
+                manifest = dataclasses.replace(manifest, form="segments")
+                files = scp_paths(_lines(scp, paths, access))
+                uri, file = segments, found
+        elif manifest.form == "audioset":
+            fs, path = _file_system(root, access)
+            below = (found.path for _, found, _ in _matches(fs, path, root, access, meter))
+            files = segment_files(_below(path, name) for name in below if is_audio(name))
+        notes.append(f"reads {as_text(uri)} as {manifest.said()}")
+        packed = not file.size or _is_packed(uri, file, access)
+        parts = divide(
+            manifest, _lines(uri, file, access), root, rows_per_shard, embedded=packed, files=files
+        )
+        yield from _shards_of(uri, file, parts)
+    except ManifestError as error:
+        raise InputError(f"{uri!r} {error}") from error
+
+
+def _parquet_manifest(
+    uri: str,
+    file: StoredFile,
+    rows_per_shard: int,
+    access: Access,
+    options: ManifestOptions,
+    notes: list[str],
+) -> Iterator[Shard]:
+    """The shards of a Parquet file without audio, whose rows name audio files.
+
+    Raises:
+        InputError: it has no column that names them.
+    """
+    with _open_file(uri, file, access) as stream:
+        parquet = pq.ParquetFile(stream, pre_buffer=False)
+        try:
+            manifest = recognise_parquet(parquet.schema_arrow, options)
+        except ManifestError as error:
+            raise InputError(
+                f"{uri!r} has no audio column (a struct<bytes, path> as Hugging Face stores audio), and "
+                f"as a manifest it {error}"
+            ) from error
+        root = posixpath.dirname(uri)
+        if options.audio_root:
+            root = _uri(*_file_system(options.audio_root, access))
+        notes.append(
+            f"reads {as_text(uri)} as a Parquet manifest: {manifest.said().partition(': ')[2]}"
+        )
+        try:
+            lines = parquet_lines(parquet)
+            yield from _shards_of(
+                uri, file, divide(manifest, lines, root, rows_per_shard, embedded=True)
+            )
+        except (pa.ArrowException, OSError) as error:
+            if not is_damage(error):
+                raise
+            raise InputError(f"{uri!r} is a damaged Parquet file: {error}") from error
+
+
+def _shards_of(
+    uri: str, file: StoredFile, parts: Iterable[tuple[ManifestSlice, tuple[str, ...]]]
+) -> Iterator[Shard]:
+    number = -1
+    for number, (part, files) in enumerate(parts):
+        # What is in the rows and where their paths begin, wherever they stand in the manifest.
+        content = dataclasses.replace(part, first_row=0, start=0, end=0, text=None)
+        yield Shard(
+            id=f"{_id(uri)}-{number:05d}-{_hash(json.dumps([vars(content), files]))}",
+            uri=uri,
+            kind="manifest",
+            size_bytes=part.end - part.start,
+            files=files,
+            file_sizes=(file.size,),
+            manifest=part,
+        )
+    if number < 0:
+        raise InputError(f"{uri!r} is a manifest without rows")
+
+
+def _is_packed(uri: str, file: StoredFile, access: Access) -> bool:
+    with _open_file(uri, file, access) as stream:
+        return stream.read(2) == b"\x1f\x8b"
+
+
+def _stored_at(uri: str, access: Access) -> StoredFile | None:
+    fs, path = open_file_system(uri, access)
+    if uri.startswith(CLOUD_STORAGE):
+        return find_cloud(path, access)
+    try:
+        return _stored(path, fs.info(path))
+    except FileNotFoundError:
+        return None
+
+
+# ------------------------------------------------------------ AudioFolder metadata
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What an AudioFolder's metadata says of one file."""
+
+    root: str  # and `name`: the file's place in `loose`
+    name: str
+    depth: int  # of the metadata; of two, the one nearer to the file holds
+    metadata: str  # JSON
+
+
+def _folder_metadata(uri: str, file: StoredFile, access: Access) -> list[tuple[str, str]] | None:
+    """(file_name, metadata) of each row of an AudioFolder's metadata; None where a file is none.
+
+    Raises:
+        InputError: it is one, and cannot be read.
+    """
+    name = posixpath.basename(file.path)
+    if name not in FOLDER_METADATA or not file.size:
+        return None
+    options = ManifestOptions(path_column="file_name", id_column="", start_column="")
+    try:
+        if name.endswith(".parquet"):
+            with _open_file(uri, file, access) as stream:
+                parquet = pq.ParquetFile(stream, pre_buffer=False)
+                if parquet_audio_column(parquet) is not None:
+                    return None
+                manifest = recognise_parquet(parquet.schema_arrow, options)
+                rows = list(folder_rows(manifest, parquet_lines(parquet)))
+        else:
+            found = recognise(name, head_of(_lines(uri, file, access)), options)
+            if found is None or found.form not in ("table", "json"):
+                return None
+            rows = None
+            lines = _lines(uri, file, access)
+    except (ManifestError, pa.ArrowException):
+        return None  # without a column `file_name`
+    try:
+        if rows is None:
+            rows = list(folder_rows(found, lines))
+    except ManifestError as error:
+        raise InputError(f"{uri!r} {error}") from error
+    return [(row.url, json.dumps(row.metadata, default=str)) for row in rows if row.url is not None]
+
+
+def _told_by(root: str, uri: str, rows: list[tuple[str, str]]) -> Iterator[tuple[str, _Told]]:
+    """(file, what is said of it) of the rows of the metadata at `uri`."""
+    folder = _below(root, posixpath.dirname(uri)) if posixpath.dirname(uri) != root else ""
+    for name, metadata in rows:
+        place = posixpath.normpath(posixpath.join(folder, name))
+        url = f"{root.rstrip('/')}/{place}"
+        yield url, _Told(root, place, folder.count("/") + bool(folder), metadata)
+
+
+def _has_metadata(root: str, access: Access, meter: Meter | None) -> bool:
+    return any(find_cloud(f"{root}/{name}", access, meter) for name in FOLDER_METADATA)
 
 
 def _count_clips(shard: Shard, enough: int, access: Access) -> int:
     if shard.kind == "files":
         return len(shard.files)
+    if shard.manifest is not None:
+        return shard.manifest.rows
     with open_shard(shard, access) as stream:
         if shard.kind == "tar":
             return count_tar_clips(stream, enough)

@@ -1,0 +1,16 @@
+"""Which files are taken for audio by their names."""
+
+from __future__ import annotations
+
+import posixpath
+
+AUDIO_SUFFIXES = frozenset(
+    ".3gp .aac .ac3 .aif .aifc .aiff .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp3 "
+    ".mp4 .mpga .oga .ogg .opus .rf64 .snd .tta .w64 .wav .wave .webm .wma .wv".split()
+)
+
+
+def is_audio(name: str) -> bool:
+    """Whether a file's last suffix is that of an audio format; hidden files are none."""
+    hidden = posixpath.basename(name).startswith(".")
+    return not hidden and posixpath.splitext(name)[1].lower() in AUDIO_SUFFIXES
