@@ -21,7 +21,7 @@ from apache_beam.utils.shared import Shared
 
 from student.checkpoint import CheckpointError
 from student.feature_spec import FeatureSpec
-from student.model import Student, devices_of
+from student.model import Pad, Student, devices_of
 from transforms.checkpoint import local_checkpoint
 from transforms.claim import claim_number
 from transforms.decode import take_decode_s
@@ -77,6 +77,8 @@ class Annotation:
     versions: tuple[tuple[str, str], ...] = ()  # (package, version) that launched, to compare
     access: Access = DEFAULT_ACCESS
     progress_folder: str | None = None  # where local workers leave their counts
+    pad: Pad = "zero"  # of `Student.load`
+    hop_samples: int | None = None  # of `cut_chunks`
     worker_processes: int = 1  # of one machine, each of which takes a device of its own
     decode_processes: int = 0  # of each worker thread; 0: it decodes in a thread beside it
 
@@ -117,8 +119,10 @@ class _AnnotateShard(beam.DoFn):
         self._output = open_output(self._annotation.output, self._annotation.access, self._meter)
         self._progress = ProgressFile(self._annotation.progress_folder)
         self._reported_at = time.monotonic()
-        processes = self._annotation.decode_processes
-        self._pool = DecodePool(self._student.features, processes) if processes else None
+        processes, hop = self._annotation.decode_processes, self._annotation.hop_samples
+        self._pool = (
+            DecodePool(self._student.features, processes, hop_samples=hop) if processes else None
+        )
 
     def teardown(self) -> None:
         """Ends the processes that decode."""
@@ -268,6 +272,7 @@ def load_student(annotation: Annotation, device: str | None = None) -> Student:
         local_checkpoint(annotation.checkpoint, annotation.access),
         device or annotation.device,
         annotation.dtype,
+        annotation.pad,
     )
     for what in ("weights", "config"):
         found = getattr(student.checkpoint, f"{what}_sha256")
@@ -303,7 +308,7 @@ def annotate_shard(
         progress: shows how far a local run is.
         meter: counts what `transforms.meter` names.
         report: called after each clip, in this thread.
-        pool: decodes in processes; without it a thread does.
+        pool: decodes in processes, with the annotation's hop; without it a thread does.
 
     Raises:
         OSError: the shard cannot be read or its file not be written; then no file
@@ -320,12 +325,13 @@ def annotate_shard(
     options = annotation.rows
     clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
     ahead = _BATCHES_AHEAD * student.max_batch
-    decoded = read_ahead(_decoded(clips, student.features, watches, pool), ahead, meter)
+    chunks = _decoded(clips, student.features, annotation.hop_samples, watches, pool)
+    decoded = read_ahead(chunks, ahead, meter)
     scored = score_clips(
         watches.audio.making(decoded),
         student,
         annotation.pool,
-        keep_chunks=options.chunks,
+        keep_chunks=options.chunks or options.segments,
         keep_embeddings=options.embeddings,
         meter=meter,
     )
@@ -382,12 +388,13 @@ class _Watches:
 def _decoded(
     clips: Iterable[EncodedClip | UnreadableClip],
     features: FeatureSpec,
+    hop_samples: int | None,
     watches: _Watches,
     pool: DecodePool | None,
 ) -> Iterator[Chunk | ClipEnd]:
     """Chunks and clips, for the decoding thread: its stages are in `watches` once it ends."""
     reading = watches.reading.making(clips)
-    decoded = decode_clips(reading, features) if pool is None else pool.decode(reading)
+    decoded = decode_clips(reading, features, hop_samples) if pool is None else pool.decode(reading)
     take_s = take_decode_s if pool is None else pool.take_decode_s
     take_s()
     try:

@@ -14,26 +14,31 @@ from transforms.records import Chunk, ClipEnd, ClipError, EncodedClip, Unreadabl
 
 
 def decode_clips(
-    clips: Iterable[EncodedClip | UnreadableClip], features: FeatureSpec
+    clips: Iterable[EncodedClip | UnreadableClip],
+    features: FeatureSpec,
+    hop_samples: int | None = None,
 ) -> Iterator[Chunk | ClipEnd]:
     """Yields the chunks of each clip, then its `ClipEnd`, clip after clip.
 
     A clip that cannot be decoded ends with its error; chunks that came before the
-    fault do not count.
+    fault do not count. `hop_samples` is that of `cut_chunks`.
     """
     for clip in clips:
         if isinstance(clip, UnreadableClip):
             yield ClipEnd(clip.member, 0, None, clip.metadata, error=clip.error)
         else:
-            yield from decode_clip(clip, features)
+            yield from decode_clip(clip, features, hop_samples)
 
 
-def decode_clip(clip: EncodedClip, features: FeatureSpec) -> Iterator[Chunk | ClipEnd]:
+def decode_clip(
+    clip: EncodedClip, features: FeatureSpec, hop_samples: int | None = None
+) -> Iterator[Chunk | ClipEnd]:
     """Yields the chunks of one clip, then its `ClipEnd`, as `decode_clips` does."""
     decoder, error, samples = AudioDecoder(clip.audio), None, 0
     try:
         blocks = decoder.mono(features.sample_rate)
-        for chunk in cut_chunks(blocks, features.chunk_samples, features.sample_rate):
+        rate = features.sample_rate
+        for chunk in cut_chunks(blocks, features.chunk_samples, rate, hop_samples):
             samples += len(chunk.waveform)
             if samples >= FRAME_SAMPLES:
                 yield chunk
