@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluation.scores import read_table
 from pipeline import __version__
 from pipeline.options import AnnotateOptions, UsageError
 from pipeline.thresholds import Thresholds
@@ -243,6 +242,8 @@ def read_labels(output: Output, made: dict[str, Any]) -> tuple[Label, ...]:
     Raises:
         UsageError: `labels.parquet` is not there, damaged, or of another output.
     """
+    from evaluation.scores import read_table  # here: annotate has no use for it
+
     place = f"{output.uri}/{LABELS_FILE}"
     content = output.read(LABELS_FILE)
     if content is None:
