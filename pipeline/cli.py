@@ -12,6 +12,7 @@ import click
 from pipeline import __version__, flags
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
+from pipeline.export import export
 from pipeline.options import AnnotateOptions, UsageError, split_beam_options
 from pipeline.retag import retag
 from pipeline.terminal import EXIT_FAILURES, EXIT_INTERRUPTED, errors_said, quiet
@@ -90,6 +91,19 @@ def cli() -> None:
     help="How a clip's score is made from those of its chunks.",
 )
 @click.option(
+    "--chunk-hop-s",
+    type=click.FloatRange(0, min_open=True),
+    metavar="S",
+    help="Seconds from one chunk's start to the next one's; less than a chunk's length makes them overlap. [default: a chunk's length, 10.24 for AST]",
+)
+@click.option(
+    "--pad",
+    type=click.Choice(["zero", "repeat"]),
+    default=AnnotateOptions.pad,
+    show_default=True,
+    help="What a clip shorter than a chunk is filled up with: zeros, as AST was trained, or itself.",
+)
+@click.option(
     "--score-type",
     type=click.Choice(["float32", "float16"]),
     default=AnnotateOptions.score_type,
@@ -98,6 +112,11 @@ def cli() -> None:
 )
 @click.option(
     "--chunks", is_flag=True, help="Keep the scores of every chunk, with its start and end."
+)
+@click.option(
+    "--segments",
+    is_flag=True,
+    help="Keep when each label is heard: neighbouring chunks that reach its threshold, merged.",
 )
 @click.option("--embeddings", is_flag=True, help="Keep the student's embedding of every clip.")
 @click.option(
@@ -304,6 +323,7 @@ def schema(
 
 cli.add_command(distill)
 cli.add_command(evaluate)
+cli.add_command(export)
 cli.add_command(retag)
 
 

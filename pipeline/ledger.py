@@ -21,6 +21,7 @@ from pipeline.options import AnnotateOptions, UsageError
 from pipeline.thresholds import Thresholds
 from student.checkpoint import Checkpoint
 from student.labels import Label, ancestors, audioset_ontology
+from transforms.chunk import hop_samples_of
 from transforms.decode import RESAMPLE_QUALITY
 from transforms.output import Output, publish_bytes, remove_output
 from transforms.records import Shard, as_text
@@ -79,6 +80,10 @@ def describe_run(
         "max_clip_mb": options.max_clip_mb,
         "max_duration_s": options.max_duration_s,
         "clip_timeout_s": options.clip_timeout_s,
+        # None is what was before there were these, so that outputs of then can be gone on with.
+        "chunk_hop_samples": hop_samples_of(options.chunk_hop_s, checkpoint.features),
+        "pad": None if options.pad == "zero" else options.pad,
+        "segments": options.segments or None,
     }
     return {
         "earmark": __version__,
@@ -193,6 +198,76 @@ def write_labels(output: Output, labels: Sequence[Label], thresholds: Thresholds
     """Publishes `labels.parquet`, unless it is there."""
     if output.read(LABELS_FILE) is None:
         publish_bytes(output, LABELS_FILE, labels_parquet(labels, thresholds))
+
+
+def read_run(output: Output, name: str) -> dict[str, Any]:
+    """An output's `run.json`, with what is needed to make something of its scores.
+
+    Args:
+        output: where it lies.
+        name: what the user calls it.
+
+    Raises:
+        UsageError: it is not there, or no `earmark annotate` wrote it.
+    """
+    try:
+        content = output.read(RUN_FILE)
+    except NotADirectoryError as error:
+        raise UsageError(
+            f"OUTPUT {name!r} is a file; expected the folder that earmark annotate wrote: audio is "
+            "annotated first"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"OUTPUT {name!r} cannot be read: {error.strerror or error}") from error
+    if content is None:
+        raise UsageError(
+            f"OUTPUT {name!r} holds no {RUN_FILE}; give the folder that earmark annotate wrote"
+        )
+    try:
+        made: dict[str, Any] = json.loads(content)
+        scoring = made["scoring"]
+        _ = made["id"], made["fingerprint"], made["options"], made["checkpoint"]["weights_sha256"]
+        _ = scoring["labels"], scoring["thresholds"], scoring["top_k"], scoring["score_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{output.uri}/{RUN_FILE} is damaged or no earmark annotate's ({type(error).__name__}: {error}); "
+            "give the folder that earmark annotate wrote"
+        ) from error
+    return made
+
+
+def read_labels(output: Output, made: dict[str, Any]) -> tuple[Label, ...]:
+    """The labels of an output's scores, which its `run.json` must know.
+
+    Args:
+        output: where it lies.
+        made: of `read_run`.
+
+    Raises:
+        UsageError: `labels.parquet` is not there, damaged, or of another output.
+    """
+    from evaluation.scores import read_table  # here: annotate has no use for it
+
+    place = f"{output.uri}/{LABELS_FILE}"
+    content = output.read(LABELS_FILE)
+    if content is None:
+        raise UsageError(
+            f"{place} is not there, so what the scores mean is not known; the same earmark annotate "
+            "again writes it"
+        )
+    try:
+        rows = read_table(io.BytesIO(content), ["index", "mid", "name"]).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UsageError(
+            f"{place} is damaged ({error}): remove it, and the same earmark annotate again writes it"
+        ) from error
+    labels = tuple(Label(row["index"], row["mid"] or "", row["name"]) for row in rows)
+    if labels_digest(labels) != made["scoring"]["labels"]:
+        raise UsageError(
+            f"{place} has other labels than the run.json beside it: they are of two outputs; take "
+            "the folder as earmark annotate wrote it"
+        )
+    return labels
 
 
 def finished_shards(output: Output) -> set[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from student import BUNDLED
 
 if TYPE_CHECKING:  # heavy to import, and only types here
+    from student.model import Pad
     from transforms.score import Pool
     from transforms.write import ScoreType
 
@@ -38,8 +39,11 @@ class AnnotateOptions:
     thresholds: str | None = None  # a file of them
     top_k: int | None = None
     pool: Pool = "max"
+    chunk_hop_s: float | None = None  # None: the chunk's own length
+    pad: Pad = "zero"
     score_type: ScoreType = "float32"
     chunks: bool = False
+    segments: bool = False
     embeddings: bool = False
     limit: int | None = None
     files_per_shard: int = 256

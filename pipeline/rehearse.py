@@ -15,6 +15,7 @@ from pipeline.run import Job, annotate, annotation_of, empty_pipeline, row_optio
 from student.checkpoint import CheckpointError
 from student.model import DeviceError, Student
 from transforms.checkpoint import local_checkpoint
+from transforms.chunk import hop_samples_of
 from transforms.decode_clip import decode_clips
 from transforms.output import check_writable
 from transforms.read import read_clips
@@ -56,7 +57,8 @@ def rehearse(job: Job) -> Rehearsal:
     device = "auto" if job.on_dataflow else job.workers.device
     dtype = "auto" if job.on_dataflow else job.workers.dtype
     try:
-        student = Student.load(local_checkpoint(job.options.checkpoint, job.access), device, dtype)
+        checkpoint = local_checkpoint(job.options.checkpoint, job.access)
+        student = Student.load(checkpoint, device, dtype, job.options.pad)
     except (CheckpointError, DeviceError) as error:
         raise UsageError(str(error)) from error
     load_s = time.monotonic() - started
@@ -79,13 +81,15 @@ def rehearse(job: Job) -> Rehearsal:
 def _tag_one(job: Job, student: Student) -> ScoredClip | None:
     """The first clip of the first shard that can be tagged, or the last that could not."""
     found = None
+    hop = hop_samples_of(job.options.chunk_hop_s, student.features)
     shard = next(iter(job.todo), None)
     if shard is None:
         return None
     try:
         with closing(read_clips(shard, job.access)) as clips:
             for _, clip in zip(range(_TRIED_CLIPS), clips, strict=False):
-                (found,) = score_clips(decode_clips([clip], student.features), student)
+                decoded = decode_clips([clip], student.features, annotation.limits, hop)
+                (found,) = score_clips(decoded, student, job.options.pool)
                 if found.scores is not None and np.isfinite(found.scores).all():
                     break
     except OSError as error:

@@ -40,6 +40,7 @@ from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from student.model import DeviceError, settle_dtype
 from transforms.annotate import AnnotateShards, Annotation
 from transforms.checkpoint import local_checkpoint
+from transforms.chunk import hop_samples_of
 from transforms.decode import Limits
 from transforms.meter import NAMESPACE, Meter
 from transforms.output import LocalOutput, Output, open_output, remove_abandoned
@@ -160,6 +161,7 @@ def prepare(options: AnnotateOptions) -> Job:
             settled = settle_dtype(workers.dtype, torch.device(workers.device), checkpoint)
             workers = replace(workers, dtype=str(settled).removeprefix("torch."))
         thresholds, said = _thresholds(options, checkpoint, access)
+        _check_hop(options, checkpoint)
     except (CheckpointError, DeviceError) as error:
         raise UsageError(str(error)) from error
     try:
@@ -517,6 +519,8 @@ def annotation_of(job: Job, progress_folder: str | None) -> Annotation:
         decode_processes=job.workers.decode_processes,
         limits=limits_of(job.options),
         pool=job.options.pool,
+        pad=job.options.pad,
+        hop_samples=hop_samples_of(job.options.chunk_hop_s, job.checkpoint.features),
         rows=row_options(job),
         output=job.output.uri,
         run=job.run,
@@ -541,6 +545,7 @@ def row_options(job: Job) -> RowOptions:
         thresholds=job.thresholds,
         top_k=job.options.top_k,
         chunks=job.options.chunks,
+        segments=job.options.segments,
         embeddings=job.options.embeddings,
         score_type=job.options.score_type,
     )
@@ -561,6 +566,13 @@ def _thresholds(
         options.threshold, options.thresholds, checkpoint.labels, checkpoint.weights_sha256, access
     )
     return asked or (checkpoint.thresholds, list(checkpoint.warnings))
+
+
+def _check_hop(options: AnnotateOptions, checkpoint: Checkpoint) -> None:
+    try:
+        hop_samples_of(options.chunk_hop_s, checkpoint.features)
+    except ValueError as error:
+        raise UsageError(f"--chunk-hop-s cannot be used: {error}") from error
 
 
 def _remove_abandoned(output: LocalOutput) -> None:

@@ -110,6 +110,13 @@ _CLIPS_DESCRIPTIONS = {
     "chunks.start_s": "Start, seconds into the clip",
     "chunks.end_s": "End, seconds into the clip",
     "chunks.scores": "Sigmoid score of every label in the chunk",
+    "segments": "When labels are heard: neighbouring chunks that reach their threshold, merged",
+    "segments.index": "Position in scores, from 0",
+    "segments.mid": "AudioSet machine id",
+    "segments.name": "Display name",
+    "segments.start_s": "Start, seconds into the clip",
+    "segments.end_s": "End, seconds into the clip",
+    "segments.score": "Highest sigmoid score of its chunks, 0 to 1",
     "embedding": "The student's pooled vector, averaged over the chunks",
 }
 _LABELS_DESCRIPTIONS = {
@@ -135,6 +142,7 @@ def clips_schema_of(run: Mapping[str, Any]) -> pa.Schema:
         options = RowOptions(
             thresholds=(),  # they change rows, not columns
             chunks=scoring["chunks"],
+            segments=bool(scoring.get("segments")),  # earlier versions had none
             embeddings=scoring["embeddings"],
             score_type=scoring["score_type"],
         )

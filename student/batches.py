@@ -55,14 +55,22 @@ class Batches:
         size: chunks in a batch, at most.
         samples: of the longest chunk.
         stages: where the time of filling the buffers goes.
+        fill_samples: a shorter chunk is repeated until it is so long; 0: none is.
         pinned: whether the buffers are page-locked, which a GPU's copies beside its
             computing need.
     """
 
     def __init__(
-        self, launch: Launch, size: int, samples: int, stages: Stages, pinned: bool = False
+        self,
+        launch: Launch,
+        size: int,
+        samples: int,
+        stages: Stages,
+        fill_samples: int = 0,
+        pinned: bool = False,
     ) -> None:
         self._launch = launch
+        self._fill_samples = fill_samples
         self._shape = (size, samples)
         self._stages = stages
         self._pinned = pinned
@@ -88,6 +96,8 @@ class Batches:
         waveforms, lengths = buffers
         lengths.zero_()
         for row, array in enumerate(arrays):
+            if 0 < len(array) < self._fill_samples:
+                array = np.resize(array, self._fill_samples)  # which repeats it
             lengths[row] = len(array)
             waveforms[row, : len(array)] = torch.from_numpy(array)
             waveforms[row, len(array) :].zero_()

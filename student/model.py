@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 Result = Callable[[], tuple[NDArray[np.float32], NDArray[np.float32]]]
 Waveforms = NDArray[np.float32] | Sequence[NDArray[np.float32]]
+Pad = Literal["zero", "repeat"]
+
+PADS: tuple[Pad, ...] = ("zero", "repeat")
 
 DTYPES = {
     "float32": torch.float32,
@@ -57,6 +60,7 @@ class Student:
         checkpoint: where the weights came from, and the facts beside them.
         device: where the model runs.
         dtype: what its matrix products are in; features and scores are float32 always.
+        pad: how a waveform shorter than a chunk is made as long as one, see `load`.
         kernel: who multiplies matrices, of `student.engine`.
         max_batch: chunks that go through the model at once.
         under_way: batches that are worth beginning before the first answer is taken.
@@ -68,10 +72,14 @@ class Student:
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
+        pad: Pad = "zero",
     ) -> None:
+        if pad not in PADS:
+            raise ValueError(f"pad is {pad!r}, expected {' or '.join(map(repr, PADS))}")
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
+        self.pad = pad
         self.kernel = choose_kernel(device, dtype, network.hidden_size)
         if self.kernel == "openvino" and not can_compile(network):
             self.kernel = choose_kernel(device, dtype, has_openvino=False)
@@ -97,13 +105,24 @@ class Student:
         else:
             launch = launch_here(log_mel, engine, self._stages)
         self._batches = Batches(
-            launch, self.max_batch, self._longest, self._stages, pinned=device.type == "cuda"
+            launch,
+            self.max_batch,
+            self._longest,
+            self._stages,
+            fill_samples=self.features.chunk_samples if pad == "repeat" else 0,
+            pinned=device.type == "cuda",
         )
         self._halvings = 0
         self._fitting = self.max_batch  # less once a batch did not fit
 
     @classmethod
-    def load(cls, checkpoint: str = BUNDLED, device: str = "auto", dtype: str = "auto") -> Student:
+    def load(
+        cls,
+        checkpoint: str = BUNDLED,
+        device: str = "auto",
+        dtype: str = "auto",
+        pad: Pad = "zero",
+    ) -> Student:
         """Loads a checkpoint onto a device.
 
         Args:
@@ -116,15 +135,20 @@ class Student:
                 within `TOLERANCE`, on a CPU too: see `settle_dtype`), `float32`, `bfloat16`, `float16` or `int8`
                 (its layers' products on a CPU with VNNI, checked against float32 here
                 on a few made sounds).
+            pad: what stands after a waveform shorter than a chunk. `zero` is zeros after the
+                features, before their normalisation, as AST was trained and evaluated;
+                `repeat` the waveform again and again, before the features, until a chunk
+                is full. The waveform alone decides it, not its batch or the device.
 
         Raises:
             CheckpointError: the checkpoint is missing or unusable.
             DeviceError: the device is missing, or cannot compute in `dtype`.
+            ValueError: `pad` is neither.
         """
         place = choose_device(device)
         facts = read_checkpoint(checkpoint)
         precision = settle_dtype(dtype, place, facts)
-        student = cls(load_network(facts), facts, place, precision)
+        student = cls(load_network(facts), facts, place, precision, pad)
         logger.info(
             "loaded %s on %s in %s", checkpoint, place, str(precision).removeprefix("torch.")
         )
@@ -174,7 +198,7 @@ class Student:
             waveforms: float32 [n, samples], or n arrays [samples] of their own
                 lengths: mono, in [-1, 1], at `features.sample_rate` (16 kHz). Each is
                 at most one chunk long (`features.chunk_samples`); a shorter one is
-                padded as AST pads, after the features.
+                padded as `load` says of `pad`.
             embeddings: whether to return embeddings too.
 
         Returns:

@@ -193,6 +193,9 @@ def test_a_second_run_reads_no_finished_shard(annotate, tmp_path, make_tar, enco
         (["--top-k", "3"], "top_k was null, is 3"),
         (["--chunks"], "chunks was false, is true"),
         (["--limit", "1"], "limit was null, is 1"),
+        (["--chunk-hop-s", "0.5"], "chunk_hop_samples was null, is 8000"),
+        (["--pad", "repeat"], 'pad was null, is "repeat"'),
+        (["--segments"], "segments was null, is true"),
         (["--checkpoint", "bundled"], "weights_sha256 was"),
     ],
 )
@@ -274,6 +277,75 @@ def test_chunks_embeddings_top_k_and_half_precision(annotate, shards, tmp_path, 
     schema = pq.read_schema(next((tmp_path / "clips").iterdir()))
     assert schema.field("scores").type == pa.list_(pa.float16(), 527)
     assert rows["broken.ogg"]["chunks"] is None and set(rows["broken.ogg"]["embedding"]) == {None}
+
+
+@pytest.mark.parametrize("decoding", [0, 1])
+def test_overlapping_chunks_and_segments(
+    annotate, shards, tmp_path, tiny_student, noise, encoded, decoding
+):
+    options = ("--chunk-hop-s", 0.5, "--chunks", "--segments", "--threshold", 0.7)
+    done = annotate(
+        shards / "a.tar", "--output", tmp_path, *options, "--decode-processes", decoding
+    )
+    assert done.exit_code == 0, done.output
+    rows = {row["member"]: row for row in rows_of(tmp_path)}
+    long = rows["long.flac"]
+    spans = [(chunk["start_s"], chunk["end_s"]) for chunk in long["chunks"]]
+    starts = [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 3.72]
+    assert np.array(spans) == pytest.approx(np.array([(s, s + 1.28) for s in starts]))
+    waveform, _ = soundfile.read(
+        io.BytesIO(encoded(noise(16_000 * 5, seed=2), format="flac")), dtype="float32"
+    )
+    pieces = [waveform[round(start * 16_000) : round(end * 16_000)] for start, end in spans]
+    np.testing.assert_allclose(
+        [chunk["scores"] for chunk in long["chunks"]], tiny_student.score(pieces), atol=1e-5
+    )
+    for row in rows.values():
+        if row["error"] is not None:
+            assert row["segments"] is None
+            continue
+        expected = []
+        for label in tiny_student.labels:
+            for chunk in row["chunks"]:
+                score = chunk["scores"][label.index]
+                if score < np.float32(0.7):
+                    continue
+                last = expected[-1] if expected else None
+                if last and last["index"] == label.index and chunk["start_s"] <= last["end_s"]:
+                    last["end_s"], last["score"] = chunk["end_s"], max(last["score"], score)
+                else:
+                    expected.append(
+                        {"index": label.index, "mid": label.mid, "name": label.name,
+                         "start_s": chunk["start_s"], "end_s": chunk["end_s"], "score": score}
+                    )  # fmt: skip
+        expected.sort(key=lambda segment: (segment["start_s"], segment["index"]))
+        assert row["segments"] == expected
+        # With the maximum over chunks the tags are the labels that have segments.
+        assert {s["index"] for s in row["segments"]} == {tag["index"] for tag in row["tags"]}
+    several = Counter(segment["index"] for segment in long["segments"])
+    assert max(several.values()) > 1 and len(rows["short.wav"]["segments"]) > 0
+
+
+def test_segments_need_no_chunks_in_the_output(annotate, shards, tmp_path):
+    for name, options in [("with", ("--chunks",)), ("without", ())]:
+        asked = (shards / "a.tar", "--output", tmp_path / name, "--segments", "--threshold", 0.7)
+        assert annotate(*asked, *options).exit_code == 0
+    without = rows_of(tmp_path / "without")
+    assert "chunks" not in without[0]
+    assert [row["segments"] for row in without] == [
+        row["segments"] for row in rows_of(tmp_path / "with")
+    ]
+
+
+def test_a_short_clip_is_repeated_where_that_was_asked(annotate, shards, tmp_path, tiny_student):
+    scores = {}
+    for pad in ("zero", "repeat"):
+        asked = (shards / "a.tar", "--output", tmp_path / pad, "--pad", pad)
+        assert annotate(*asked).exit_code == 0
+        scores[pad] = {row["member"]: row["scores"] for row in rows_of(tmp_path / pad)}
+    assert scores["zero"]["long.flac"] == scores["repeat"]["long.flac"]
+    apart = np.abs(np.subtract(scores["zero"]["short.wav"], scores["repeat"]["short.wav"]))
+    assert apart.max() > 0.01
 
 
 def test_mean_pooling_is_the_mean_of_the_chunks(annotate, shards, tmp_path):
@@ -371,6 +443,9 @@ def test_the_same_names_twice_stay_two_rows(annotate, tmp_path, make_tar, encode
         (["{shards}", "--output", "out", "--direct_num_workers"], "needs a value"),
         (["{shards}", "--output", "out", "--direct_num_workers", "two"], "invalid int value"),
         (["{shards}", "--output", "out", "--threshold", "7"], "'--threshold'"),
+        (["{shards}", "--output", "out", "--chunk-hop-s", "0"], "'--chunk-hop-s'"),
+        (["{shards}", "--output", "out", "--chunk-hop-s", "2"], "at most 1.28 s, the length of this student's chunk"),
+        (["{shards}", "--output", "out", "--pad", "reflect"], "'--pad'"),
         (["{shards}", "--output", "out", "--checkpoint", "./nowhere"], "neither 'bundled', nor an existing"),
         (["{shards}", "--output", "out", "--device", "tpu"], "device 'tpu'"),
         (["{shards}", "--output", "nosuch://bucket/out"], "Protocol not known: nosuch"),

@@ -60,6 +60,19 @@ def arrays(number: int, *lengths: int) -> list[NDArray[np.float32]]:
     return [np.full(length, number + 1, np.float32) for length in lengths]
 
 
+def test_short_rows_are_filled_up_by_themselves_where_that_was_asked() -> None:
+    rows: list[NDArray[np.float32]] = []
+
+    def launch(waveforms: torch.Tensor, lengths: torch.Tensor, count: int) -> Answer:
+        rows.extend(row[:n].numpy().copy() for row, n in zip(waveforms, lengths, strict=True))
+        return lambda: (torch.zeros(count, 1), torch.zeros(count, 1))
+
+    sounds = [np.arange(n, dtype=np.float32) for n in (3, 8, 10, 0)]
+    Batches(launch, 5, 10, Stages(), fill_samples=8).begin(sounds)()
+    expected = [[0, 1, 2, 0, 1, 2, 0, 1], list(range(8)), list(range(10)), [], []]
+    assert [row.tolist() for row in rows] == expected
+
+
 def test_a_second_batch_is_filled_while_the_first_computes(device: SleepingDevice) -> None:
     stages = Stages()
     batches = Batches(device.launch, 3, SAMPLES, stages)

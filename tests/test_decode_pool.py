@@ -213,6 +213,15 @@ def test_the_same_as_in_this_process(
     assert given(pools(processes), many) == expected(many)
 
 
+def test_the_same_where_chunks_overlap(many: list[Any]) -> None:
+    with DecodePool(FEATURES, 2, hop_samples=5_000) as pool:
+        found = given(pool, many)
+    assert found == [
+        plain(event) for event in decode_clips(rewound(many), FEATURES, hop_samples=5_000)
+    ]
+    assert len(found) > len(expected(many))
+
+
 @pytest.mark.parametrize("kind", ["files", "tar"])
 def test_the_same_from_a_shard(
     pools: Callable[[int], DecodePool],

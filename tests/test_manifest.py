@@ -362,7 +362,7 @@ def test_a_worker_reads_no_more_than_its_rows(tmp_path: Path, monkeypatch: Any) 
             return super().read(size)
 
     content = (tmp_path / "m.csv").read_bytes()
-    monkeypatch.setattr(read, "open_shard", lambda *_: Counting(content))
+    monkeypatch.setattr(read_manifest, "open_shard", lambda *_: Counting(content))
     list(read_clips(planned[50]))
     assert asked == [planned[50].size_bytes]
 

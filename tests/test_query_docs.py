@@ -35,7 +35,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
 DEFINITION = re.compile(r"(CREATE (?:OR REPLACE )?EXTERNAL TABLE|CREATE TABLE|LOAD DATA)\b")
 
 NO_MORE = {"chunks": False, "embeddings": False, "score_type": "float32"}
-EVERYTHING = {"chunks": True, "embeddings": True, "score_type": "float32"}
+EVERYTHING = {"chunks": True, "segments": True, "embeddings": True, "score_type": "float32"}
 
 
 def run_of(scoring):
@@ -43,7 +43,18 @@ def run_of(scoring):
 
 
 def queries(dialect):
+    """The five that every output answers."""
+    return [sql for sql in every_query(dialect) if "(segments)" not in sql]
+
+
+def every_query(dialect):
     return [sql for tag, sql in BLOCKS if tag == dialect and sql.startswith("SELECT")]
+
+
+def of_segments(dialect):
+    """The one that needs --segments."""
+    (sql,) = (sql for sql in every_query(dialect) if "(segments)" in sql)
+    return sql
 
 
 # ------------------------------------------------------------------- the page
@@ -55,7 +66,7 @@ def test_every_block_parses_in_its_dialect():
         for statement in sqlglot.parse(sql, read=tag):
             assert not isinstance(statement, exp.Command), f"only passed through: {sql}"
             assert not list(statement.find_all(exp.Anonymous)), f"unknown function in {sql}"
-    for sql in queries("trino"):  # the page says that Athena takes them too
+    for sql in every_query("trino"):  # the page says that Athena takes them too
         sqlglot.parse_one(sql, read="athena")
 
 
@@ -89,7 +100,9 @@ def test_each_engine_answers_the_same_five_questions():
     assert {tag: len(queries(tag)) for tag in ("bigquery", "trino", "duckdb")} == {
         "bigquery": 5, "trino": 5, "duckdb": 5,
     }  # fmt: skip
-    for translations in zip(queries("bigquery"), queries("trino"), queries("duckdb"), strict=True):
+    for translations in zip(
+        every_query("bigquery"), every_query("trino"), every_query("duckdb"), strict=True
+    ):
         columns = [
             sqlglot.parse_one(sql, read=tag).named_selects
             for tag, sql in zip(("bigquery", "trino", "duckdb"), translations, strict=True)
@@ -226,7 +239,10 @@ def test_names_that_sql_cannot_have_are_refused():
 
 @pytest.fixture(scope="module")
 def annotated(tmp_path_factory, tiny_checkpoint, make_tar, encoded, noise):
-    """A folder with an output `tags` of six clips, one of them failed, and `half` in float16."""
+    """A folder with an output `tags` of six clips, one of them failed, and others of the same.
+
+    `half` is in float16, `heard` has segments.
+    """
     folder = tmp_path_factory.mktemp("query")
     clips = [
         (f"{n}.wav", encoded((0.2 + n) * noise(16_000 * (1 + n), seed=n), subtype="FLOAT"))
@@ -237,6 +253,7 @@ def annotated(tmp_path_factory, tiny_checkpoint, make_tar, encoded, noise):
     for output, options in [
         ("tags", ["--threshold", "0.9"]),
         ("half", ["--score-type", "float16", "--threshold", "0.9"]),
+        ("heard", ["--segments", "--chunk-hop-s", "0.5", "--threshold", "0.9"]),
     ]:
         command = ["annotate", str(folder / "a.tar"), str(folder / "b.tar"), "--output"]
         command += [str(folder / output), "--checkpoint", str(tiny_checkpoint), *options]
@@ -314,6 +331,23 @@ def test_bigquery_queries_mean_the_same(connection, tagged):
         theirs, ours = (sql.replace("'Siren'", f"'{tagged}'") for sql in (theirs, ours))
         expected = connection.sql(ours).fetchall()
         assert connection.sql(in_duckdb(theirs)).fetchall() == expected and expected
+
+
+def test_queries_of_segments_give_what_is_in_the_files(connection, annotated, tagged):
+    files = sorted((annotated / "heard" / "clips").glob("*.parquet"))
+    rows = pa.concat_tables(pq.read_table(file) for file in files).to_pylist()
+    expected = sorted(
+        (s["start_s"] - s["end_s"], row["clip_id"], s["start_s"], s["end_s"], s["score"])
+        for row in rows for s in row["segments"] or () if s["name"] == tagged
+    )  # fmt: skip
+    connection.execute("CREATE OR REPLACE VIEW clips AS SELECT * FROM 'heard/clips/*.parquet'")
+    connection.execute("CREATE SCHEMA earmark")
+    connection.execute("CREATE VIEW earmark.clips AS FROM main.clips")
+    ours, theirs = (
+        of_segments(dialect).replace("Siren", tagged) for dialect in ("duckdb", "bigquery")
+    )
+    assert connection.sql(ours).fetchall() == [row[1:] for row in expected] and len(expected) > 1
+    assert connection.sql(in_duckdb(theirs)).fetchall() == connection.sql(ours).fetchall()
 
 
 def in_duckdb(bigquery):

@@ -234,6 +234,31 @@ def test_row_groups_stay_and_no_more_than_one_is_read_at_a_time(tagged, tmp_path
     assert sorted(read) == [0, 0, 0, 1, 2]
 
 
+def test_segments_are_made_anew_of_chunks(annotate, thresholds_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(transform, "_ROWS_AT_ONCE", 2)  # fewer than a row group has
+    options = ("--chunk-hop-s", "0.4", "--chunks", "--segments", "--score-type", "float16")
+    assert annotate(tmp_path / "old", *options).exit_code == 0
+    asked = ("--thresholds", thresholds_file)
+    done = earmark("retag", tmp_path / "old", "-o", tmp_path / "new", *asked)
+    assert done.exit_code == 0, done.output
+    assert annotate(tmp_path / "anew", *options, *asked).exit_code == 0
+    same(tables(tmp_path / "anew"), tables(tmp_path / "new"))
+    assert making(tmp_path / "anew") == making(tmp_path / "new")
+    old, new = (
+        [row for table in tables(tmp_path / name).values() for row in table["segments"].to_pylist()]
+        for name in ("old", "new")
+    )
+    assert old != new and old.count(None) == new.count(None) == 1
+
+
+def test_segments_without_chunks_are_refused_and_nothing_is_written(annotate, tmp_path):
+    assert annotate(tmp_path / "old", "--segments").exit_code == 0
+    done = earmark("retag", tmp_path / "old", "-o", tmp_path / "new", "--threshold", 0.5)
+    assert done.exit_code == 2
+    assert "has a column 'segments' and no 'chunks'" in done.output
+    assert "--chunks" in done.output and not (tmp_path / "new").exists()
+
+
 def test_a_shard_without_clips(annotate, tmp_path, tiny_checkpoint, make_tar):
     tar = make_tar(tmp_path / "empty.tar", [])
     assert (

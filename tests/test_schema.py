@@ -12,7 +12,8 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "schema.md"
 
 
 def test_documented_columns_are_the_written_ones():
-    every = clips_schema(527, 768, RowOptions((0.2,) * 527, chunks=True, embeddings=True))
+    options = RowOptions((0.2,) * 527, chunks=True, segments=True, embeddings=True)
+    every = clips_schema(527, 768, options)
     assert documented("clips/*.parquet") == described(every)
 
 

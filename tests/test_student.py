@@ -172,6 +172,30 @@ def test_a_waveform_without_samples_scores_as_padding(tiny_student: Student, noi
     assert not np.array_equal(empty, tiny_student.score([noise(CHUNK)]))
 
 
+def test_a_short_waveform_is_repeated_where_that_was_asked(
+    tiny_checkpoint: Path, tiny_student: Student, noise: Noise
+) -> None:
+    repeating = Student.load(str(tiny_checkpoint), device="cpu", pad="repeat")
+    assert (tiny_student.pad, repeating.pad) == ("zero", "repeat")
+    short = [noise(samples, samples) for samples in (400, 5_000, CHUNK // 2, CHUNK - 1_000)]
+    full = [waveform[np.arange(CHUNK) % len(waveform)] for waveform in short]
+    before = [waveform.copy() for waveform in short]
+    scores = repeating.score(short)
+    np.testing.assert_allclose(scores, tiny_student.score(full), rtol=0, atol=1e-6)
+    assert all(np.array_equal(one, other) for one, other in zip(short, before, strict=True))
+    assert np.abs(scores - tiny_student.score(short)).max(axis=1).min() > 1e-3
+    # Its batch makes no difference, nor does the padding where nothing is to be padded.
+    alone = np.concatenate([repeating.score([waveform]) for waveform in short])
+    np.testing.assert_allclose(scores, alone, rtol=0, atol=1e-6)
+    for whole in (noise(CHUNK), noise(CHUNK + 200), np.zeros(0, np.float32)):
+        assert np.array_equal(repeating.score([whole]), tiny_student.score([whole]))
+
+
+def test_an_unknown_padding_is_refused(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="pad is 'reflect', expected 'zero' or 'repeat'"):
+        Student.load(str(tiny_checkpoint), device="cpu", pad="reflect")  # type: ignore[arg-type]
+
+
 def test_no_waveforms_give_no_scores(tiny_student: Student) -> None:
     scores, embeddings = tiny_student.score([], embeddings=True)
     assert (scores.dtype, scores.shape) == (np.float32, (0, 527))

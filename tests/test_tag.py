@@ -144,6 +144,24 @@ def test_thresholds_and_pool(good, tiny_student):
         tag_clips(good, tiny_student, thresholds=[0.1, 0.2, 0.3])
 
 
+def test_hop_and_padding(good, noise, tiny_student, tiny_checkpoint):
+    waveform = noise(60_000, seed=3)
+    (tagged,) = tag_clips([waveform], tiny_student, chunk_hop_s=0.5)
+    starts = [*range(0, 60_000 - 20_480, 8_000), 60_000 - 20_480]
+    pieces = [waveform[start : start + 20_480] for start in starts]
+    np.testing.assert_allclose(tagged.scores, tiny_student.score(pieces).max(axis=0), atol=1e-6)
+    (of_file,) = tag_clips(good[2:], tiny_student, chunk_hop_s=0.5)
+    (plain,) = tag_clips(good[2:], tiny_student)
+    assert (of_file.scores != plain.scores).any()
+
+    handler = StudentModelHandler(str(tiny_checkpoint), device="cpu", chunk_hop_s=0.5, pad="repeat")
+    results = handler.run_inference([noise(5_000), waveform], handler.load_model())
+    repeated = np.resize(noise(5_000), 20_480)
+    short, long = (result.inference for result in results)
+    np.testing.assert_allclose(short.scores, tiny_student.score([repeated])[0], atol=1e-6)
+    np.testing.assert_allclose(long.scores, tagged.scores, atol=1e-6)
+
+
 def test_clips_are_taken_as_they_are_needed(noise, tiny_student, monkeypatch):
     taken, at_first_batch = [], []
     begin = tiny_student.begin
@@ -280,6 +298,8 @@ def test_a_missing_device_is_an_error_and_never_the_cpu(good, tiny_checkpoint):
     [
         ({"pool": "median"}, "pool is 'median', expected 'max' or 'mean'"),
         ({"top_k": 0}, "top_k is 0, expected at least 1"),
+        ({"pad": "reflect"}, "pad is 'reflect', expected 'zero' or 'repeat'"),
+        ({"chunk_hop_s": 0.0}, "chunk_hop_s is 0.0, expected a number above 0"),
         ({"thresholds": 1.5}, "a threshold is 1.5, expected 0 to 1"),
         ({"thresholds": [0.2, float("nan")]}, "a threshold is nan, expected 0 to 1"),
     ],
@@ -287,6 +307,12 @@ def test_a_missing_device_is_an_error_and_never_the_cpu(good, tiny_checkpoint):
 def test_options_are_checked_where_they_are_written(make, option, message):
     with pytest.raises(ValueError, match=message):
         make("bundled", **option)
+
+
+def test_too_long_a_hop_is_told_before_any_clip(tiny_checkpoint):
+    handler = StudentModelHandler(str(tiny_checkpoint), device="cpu", chunk_hop_s=1.5)
+    with pytest.raises(ValueError, match=r"at most 1\.28 s, the length of this student's chunk"):
+        handler.load_model()
 
 
 def test_a_wrong_number_of_thresholds_is_told_before_any_clip(tiny_checkpoint):

@@ -21,7 +21,7 @@ from apache_beam.utils.shared import Shared
 
 from student.checkpoint import CheckpointError
 from student.feature_spec import FeatureSpec
-from student.model import Student, devices_of
+from student.model import Pad, Student, devices_of
 from transforms.checkpoint import local_checkpoint
 from transforms.claim import claim_number
 from transforms.decode import DEFAULT_LIMITS, Limits, take_decode_s
@@ -79,6 +79,8 @@ class Annotation:
     versions: tuple[tuple[str, str], ...] = ()  # (package, version) that launched, to compare
     access: Access = DEFAULT_ACCESS
     progress_folder: str | None = None  # where local workers leave their counts
+    pad: Pad = "zero"  # of `Student.load`
+    hop_samples: int | None = None  # of `cut_chunks`
     worker_processes: int = 1  # of one machine, each of which takes a device of its own
     decode_processes: int = 0  # of each worker thread; 0: it decodes in a thread beside it
     limits: Limits = DEFAULT_LIMITS  # of one clip
@@ -129,6 +131,7 @@ class _AnnotateShard(beam.DoFn):
                 # The process itself ends what is slow; this is for what hangs inside of a codec.
                 clip_timeout_s=limits.clip_timeout_s + _GRACE_S,
                 limits=limits,
+                hop_samples=self._annotation.hop_samples,
             )
 
     def teardown(self) -> None:
@@ -279,6 +282,7 @@ def load_student(annotation: Annotation, device: str | None = None) -> Student:
         local_checkpoint(annotation.checkpoint, annotation.access),
         device or annotation.device,
         annotation.dtype,
+        annotation.pad,
     )
     for what in ("weights", "config"):
         found = getattr(student.checkpoint, f"{what}_sha256")
@@ -314,7 +318,7 @@ def annotate_shard(
         progress: shows how far a local run is.
         meter: counts what `transforms.meter` names.
         report: called after each clip, in this thread.
-        pool: decodes in processes; without it a thread does.
+        pool: decodes in processes, with the annotation's hop; without it a thread does.
 
     Raises:
         OSError: the shard cannot be read or its file not be written; then no file
@@ -331,13 +335,15 @@ def annotate_shard(
     options = annotation.rows
     clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
     ahead = _BATCHES_AHEAD * student.max_batch
-    decoding = _decoded(clips, student.features, annotation.limits, watches, pool)
+    decoding = _decoded(
+        clips, student.features, annotation.limits, annotation.hop_samples, watches, pool
+    )
     decoded = read_ahead(decoding, ahead, meter)
     scored = score_clips(
         watches.audio.making(decoded),
         student,
         annotation.pool,
-        keep_chunks=options.chunks,
+        keep_chunks=options.chunks or options.segments,
         keep_embeddings=options.embeddings,
         meter=meter,
     )
@@ -395,12 +401,16 @@ def _decoded(
     clips: Iterable[EncodedClip | UnreadableClip],
     features: FeatureSpec,
     limits: Limits,
+    hop_samples: int | None,
     watches: _Watches,
     pool: DecodePool | None,
 ) -> Iterator[Chunk | ClipEnd]:
     """Chunks and clips, for the decoding thread: its stages are in `watches` once it ends."""
     reading = watches.reading.making(clips)
-    decoded = decode_clips(reading, features, limits) if pool is None else pool.decode(reading)
+    if pool is None:
+        decoded = decode_clips(reading, features, limits, hop_samples)
+    else:
+        decoded = pool.decode(reading)
     take_s = take_decode_s if pool is None else pool.take_decode_s
     take_s()
     try:

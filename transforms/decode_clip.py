@@ -21,17 +21,19 @@ def decode_clips(
     clips: Iterable[EncodedClip | UnreadableClip],
     features: FeatureSpec,
     limits: Limits = DEFAULT_LIMITS,
+    hop_samples: int | None = None,
 ) -> Iterator[Chunk | ClipEnd]:
     """Yields the chunks of each clip, then its `ClipEnd`, clip after clip.
 
     A clip that cannot be decoded ends with its error. Chunks that came before the fault count
-    where the error is `partial`, else they do not.
+    where the error is `partial`, else they do not. `hop_samples` is
+    that of `cut_chunks`.
     """
     for clip in clips:
         if isinstance(clip, UnreadableClip):
             yield unreadable_end(clip)
         else:
-            yield from decode_clip(clip, features, limits)
+            yield from decode_clip(clip, features, limits, hop_samples)
 
 
 def unreadable_end(clip: UnreadableClip) -> ClipEnd:
@@ -62,7 +64,10 @@ def undecoded_end(clip: EncodedClip) -> ClipEnd:
 
 
 def decode_clip(
-    clip: EncodedClip, features: FeatureSpec, limits: Limits = DEFAULT_LIMITS
+    clip: EncodedClip,
+    features: FeatureSpec,
+    limits: Limits = DEFAULT_LIMITS,
+    hop_samples: int | None = None,
 ) -> Iterator[Chunk | ClipEnd]:
     """Yields the chunks of one clip, then its `ClipEnd`, as `decode_clips` does."""
     decoder: AudioDecoder | None = None
@@ -79,7 +84,8 @@ def decode_clip(
         decoder = AudioDecoder(clip.audio, limits)
         faults: list[ClipError] = []
         blocks = _until_fault(decoder.mono(features.sample_rate, clip.start_s, clip.end_s), faults)
-        for chunk in cut_chunks(blocks, features.chunk_samples, features.sample_rate):
+        rate = features.sample_rate
+        for chunk in cut_chunks(blocks, features.chunk_samples, rate, hop_samples):
             samples += len(chunk.waveform)
             if samples >= FRAME_SAMPLES:
                 yield chunk

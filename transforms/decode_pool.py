@@ -81,6 +81,7 @@ class DecodePool:
     Args:
         features: of the student, for its sample rate and the length of a chunk.
         processes: how many.
+        hop_samples: of `cut_chunks`.
         clips_ahead: clips that each process may hold, decoded or not.
         chunks_ahead: decoded chunks that each process may hold, 4 bytes a sample. With the
             defaults and AST's chunks that is 2.6 MB a process.
@@ -97,6 +98,7 @@ class DecodePool:
         features: FeatureSpec,
         processes: int,
         *,
+        hop_samples: int | None = None,
         clips_ahead: int = 4,
         chunks_ahead: int = 4,
         clip_timeout_s: float = 300.0,
@@ -120,7 +122,7 @@ class DecodePool:
         self._children: list[_Child] = []
         self._end = weakref.finalize(self, _end_all, self._children, os.getpid())
         for _ in range(processes):
-            self._children.append(_Child(features, clips_ahead, chunks_ahead, limits))
+            self._children.append(_Child(features, limits, hop_samples, clips_ahead, chunks_ahead))
 
     @property
     def process_ids(self) -> list[int]:
@@ -387,9 +389,17 @@ class _Sent:
 class _Child:
     """A process, its shared memory, and the clips it has."""
 
-    def __init__(self, features: FeatureSpec, places: int, slots: int, limits: Limits) -> None:
+    def __init__(
+        self,
+        features: FeatureSpec,
+        limits: Limits,
+        hop_samples: int | None,
+        places: int,
+        slots: int,
+    ) -> None:
         self._features = features
         self._limits = limits
+        self._hop_samples = hop_samples
         self._all_places = [_memory_file() for _ in range(places)]
         self.places = list(self._all_places)  # those that are free
         self.clips: deque[_Sent] = deque()  # in the order in which it decodes them
@@ -413,6 +423,7 @@ class _Child:
             "shared": self._shared,
             "features": dataclasses.asdict(self._features),
             "limits": dataclasses.asdict(self._limits),
+            "hop_samples": self._hop_samples,
         }
         with contextlib.closing(theirs):
             self.process = subprocess.Popen(
@@ -583,11 +594,18 @@ def _as_raised(pickled: bytes | None, text: str) -> Exception:
 # ------------------------------------------------------------- in the process
 
 
-def _serve(line: int, shared: int, features: dict[str, Any], limits: dict[str, Any]) -> None:
+def _serve(
+    line: int,
+    shared: int,
+    features: dict[str, Any],
+    limits: dict[str, Any],
+    hop_samples: int | None,
+) -> None:
     """Decodes what the owner gives until the owner is gone."""
     threading.Thread(target=_end_with_owner, args=(line,), daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
-        _Decoding(Connection(line), shared, FeatureSpec(**features), Limits(**limits)).run()
+        spec, limited = FeatureSpec(**features), Limits(**limits)
+        _Decoding(Connection(line), shared, spec, limited, hop_samples).run()
 
 
 def _end_with_owner(line: int) -> None:
@@ -602,7 +620,12 @@ class _Decoding:
     """The process's side: clips it has been given, slots that are free."""
 
     def __init__(
-        self, line: Connection, shared: int, features: FeatureSpec, limits: Limits
+        self,
+        line: Connection,
+        shared: int,
+        features: FeatureSpec,
+        limits: Limits,
+        hop_samples: int | None,
     ) -> None:
         self._line = line
         self._incoming = select.poll()
@@ -610,6 +633,7 @@ class _Decoding:
         self._header, self._slots = _views(shared, features.chunk_samples)
         self._features = features
         self._limits = limits
+        self._hop_samples = hop_samples
         self._clips: deque[tuple[int, BinaryIO | int, int, _PartOf, int]] = deque()
         self._drop()
 
@@ -656,7 +680,7 @@ class _Decoding:
         try:
             with contextlib.closing(_opened(source, size)) as audio:
                 clip = EncodedClip("", audio, size, "", {}, *part)
-                for event in decode_clip(clip, self._features, self._limits):
+                for event in decode_clip(clip, self._features, self._limits, self._hop_samples):
                     if isinstance(event, ClipEnd):
                         end = _facts(event), take_decode_s()
                     elif skip:

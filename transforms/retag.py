@@ -13,12 +13,14 @@ import pyarrow.parquet as pq
 
 from student.labels import Label
 from transforms.output import Output
+from transforms.segments import chunks_of_clips
 from transforms.write import (
     RUN_KEY,
     SHARD_KEY,
     RowOptions,
     ShardSummary,
     read_summary,
+    segments_of,
     tags_of,
 )
 
@@ -41,8 +43,8 @@ def retag_file(
 ) -> tuple[ShardSummary, ShardSummary]:
     """Copies `name` from `source` to `output` with other tags; it appears complete or not at all.
 
-    All columns but `tags`, the order of rows and the row groups stay as they are. One row
-    group is in memory at a time.
+    All columns but `tags` and `segments`, which is made of `chunks`, the order of rows and
+    the row groups stay as they are. One row group is in memory at a time.
 
     Args:
         source: where the finished file is.
@@ -83,13 +85,19 @@ def retag_file(
                 scratch.open("wb") as target,
                 pq.ParquetWriter(target, schema, compression="zstd") as writer,
             ):
-                at = schema.get_field_index("tags")
-                others = [name for name in schema.names if name != "tags"]
+                others = [name for name in schema.names if name not in ("tags", "segments")]
                 for group in range(file.num_row_groups):
                     with _readable(place):
                         table = file.read_row_group(group, others, use_threads=False)
-                    tags = _tags(table["scores"], labels, options, after, schema.field(at).type)
-                    writer.write_table(table.add_column(at, schema.field(at), tags))
+                    for at, column in enumerate(schema):
+                        if column.name == "tags":
+                            new = _tags(table["scores"], labels, options, after, column.type)
+                        elif column.name == "segments":
+                            new = _segments(table["chunks"], labels, options, column.type)
+                        else:
+                            continue
+                        table = table.add_column(at, column, new)
+                    writer.write_table(table)
                 writer.add_key_value_metadata(
                     {RUN_KEY: run.encode(), SHARD_KEY: json.dumps(vars(after)).encode()}
                 )
@@ -125,6 +133,12 @@ def check_columns(
                 f"{place} has no column {column!r}, without which tags cannot be recomputed: take the "
                 "output as earmark annotate wrote it"
             )
+    if "segments" in schema.names and "chunks" not in schema.names:
+        raise RetagError(
+            f"{place} has a column 'segments' and no 'chunks', without which segments cannot be "
+            "recomputed: other tags need another earmark annotate, with --segments, and with --chunks "
+            "to spare you the next one"
+        )
     expected = pa.list_(
         pa.float16() if options.score_type == "float16" else pa.float32(), len(labels)
     )
@@ -162,4 +176,16 @@ def _tags(
         for row in tags:
             summary.tags.update(tag["name"] for tag in row or ())
         columns.append(pa.array(tags, kind))
+    return pa.chunked_array(columns, kind)
+
+
+def _segments(
+    chunks: pa.ChunkedArray, labels: Sequence[Label], options: RowOptions, kind: pa.DataType
+) -> pa.ChunkedArray:
+    """The column `segments`, null for a clip without scores."""
+    columns = []
+    for start in range(0, len(chunks), _ROWS_AT_ONCE):
+        clips = chunks_of_clips(chunks.slice(start, _ROWS_AT_ONCE).combine_chunks())
+        segments = [clip and segments_of(*clip, labels, options) for clip in clips]
+        columns.append(pa.array(segments, kind))
     return pa.chunked_array(columns, kind)

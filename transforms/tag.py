@@ -22,10 +22,10 @@ from apache_beam.utils.windowed_value import WindowedValue
 from numpy.typing import NDArray
 
 from student.feature_spec import FRAME_SAMPLES, FeatureSpec
-from student.model import Student
+from student.model import PADS, Pad, Student
 from transforms.annotate import empty_into_beam
 from transforms.checkpoint import local_checkpoint
-from transforms.chunk import cut_chunks
+from transforms.chunk import cut_chunks, hop_samples_of
 from transforms.decode import SourceFacts
 from transforms.decode_clip import decode_clips
 from transforms.meter import NAMESPACE, Meter
@@ -87,6 +87,7 @@ def tag_clips(
     thresholds: float | Sequence[float | None] | None = None,
     top_k: int | None = None,
     pool: Pool = "max",
+    chunk_hop_s: float | None = None,
     meter: Meter | None = None,
 ) -> list[TaggedClip]:
     """Tags every clip: as many out as in, in order.
@@ -103,13 +104,17 @@ def tag_clips(
             None means never; None alone is the checkpoint's own.
         top_k: at most so many tags a clip.
         pool: a clip's score is the maximum or the mean over its chunks.
+        chunk_hop_s: seconds from one chunk's start to the next one's, less than a chunk's length
+            where they are to overlap; None is that length.
         meter: counts chunks and observes each batch.
 
     Raises:
-        ValueError: `thresholds` is neither one number nor one a label.
+        ValueError: `thresholds` is neither one number nor one a label, or `chunk_hop_s` is
+            longer than a chunk.
     """
     options = RowOptions(_per_label(thresholds, student), top_k)
-    decoded = _decode(clips, student.features)
+    hop_samples = hop_samples_of(chunk_hop_s, student.features)
+    decoded = _decode(clips, student.features, hop_samples)
     scored = score_clips(decoded, student, pool, meter=meter)
     return [_tagged(clip, student, options) for clip in scored]
 
@@ -132,6 +137,8 @@ class TagClips(beam.PTransform):
         thresholds: as in `tag_clips`.
         top_k: as in `tag_clips`.
         pool: as in `tag_clips`.
+        chunk_hop_s: as in `tag_clips`.
+        pad: as in `Student.load`.
 
     Raises:
         ValueError: an option cannot be right.
@@ -146,9 +153,13 @@ class TagClips(beam.PTransform):
         thresholds: float | Sequence[float | None] | None = None,
         top_k: int | None = None,
         pool: Pool = "max",
+        chunk_hop_s: float | None = None,
+        pad: Pad = "zero",
     ) -> None:
         super().__init__()
-        self._tagger = _Tagger(checkpoint, device, dtype, _frozen(thresholds), top_k, pool)
+        self._tagger = _Tagger(
+            checkpoint, device, dtype, _frozen(thresholds), top_k, pool, chunk_hop_s, pad
+        )
 
     def expand(self, clips: beam.PCollection) -> beam.PCollection:
         """Tags the clips in the workers that hold them."""
@@ -177,6 +188,8 @@ class StudentModelHandler(ModelHandler[Audio, PredictionResult, Student]):
         thresholds: as in `tag_clips`.
         top_k: as in `tag_clips`.
         pool: as in `tag_clips`.
+        chunk_hop_s: as in `tag_clips`.
+        pad: as in `Student.load`.
         min_batch_size: clips that are handed over at once, at least; None is as many as
             `max_batch_size`, which spares Beam its search for a size. The last batch of a
             bundle is what is left.
@@ -196,6 +209,8 @@ class StudentModelHandler(ModelHandler[Audio, PredictionResult, Student]):
         thresholds: float | Sequence[float | None] | None = None,
         top_k: int | None = None,
         pool: Pool = "max",
+        chunk_hop_s: float | None = None,
+        pad: Pad = "zero",
         min_batch_size: int | None = None,
         max_batch_size: int = MAX_BATCH_CLIPS,
     ) -> None:
@@ -208,7 +223,9 @@ class StudentModelHandler(ModelHandler[Audio, PredictionResult, Student]):
         # Neither large_model nor model_copies: with them Beam keeps the model in one process
         # and sends every call, audio included, to it over a socket. A student is small.
         super().__init__(min_batch_size=least, max_batch_size=max_batch_size)
-        self._tagger = _Tagger(checkpoint, device, dtype, _frozen(thresholds), top_k, pool)
+        self._tagger = _Tagger(
+            checkpoint, device, dtype, _frozen(thresholds), top_k, pool, chunk_hop_s, pad
+        )
 
     def load_model(self) -> Student:
         """Loads the student.
@@ -246,7 +263,7 @@ class StudentModelHandler(ModelHandler[Audio, PredictionResult, Student]):
         if inference_args:
             raise ValueError(
                 f"RunInference has inference_args {sorted(inference_args)}, but the student takes none; "
-                "thresholds, top_k and pool are options of StudentModelHandler"
+                "thresholds, top_k, pool and the like are options of StudentModelHandler"
             )
 
     def update_model_path(self, model_path: str | None = None) -> None:
@@ -265,10 +282,16 @@ class _Tagger:
     thresholds: float | tuple[float | None, ...] | None
     top_k: int | None
     pool: Pool
+    chunk_hop_s: float | None
+    pad: Pad
 
     def __post_init__(self) -> None:
         if self.pool not in ("max", "mean"):
             raise ValueError(f"pool is {self.pool!r}, expected 'max' or 'mean'")
+        if self.pad not in PADS:
+            raise ValueError(f"pad is {self.pad!r}, expected {' or '.join(map(repr, PADS))}")
+        if self.chunk_hop_s is not None and not self.chunk_hop_s > 0:
+            raise ValueError(f"chunk_hop_s is {self.chunk_hop_s}, expected a number above 0")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}, expected at least 1, or None for all tags")
         stated = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,)
@@ -278,8 +301,10 @@ class _Tagger:
 
     def load(self) -> Student:
         checkpoint = local_checkpoint(self.checkpoint, DEFAULT_ACCESS)
-        student = Student.load(checkpoint, self.device, self.dtype)
-        _per_label(self.thresholds, student)  # a wrong number of them is told before any clip
+        student = Student.load(checkpoint, self.device, self.dtype, self.pad)
+        # A wrong number of thresholds, or too long a hop, is told before any clip.
+        _per_label(self.thresholds, student)
+        hop_samples_of(self.chunk_hop_s, student.features)
         return student
 
     def tag(
@@ -291,6 +316,7 @@ class _Tagger:
             thresholds=self.thresholds,
             top_k=self.top_k,
             pool=self.pool,
+            chunk_hop_s=self.chunk_hop_s,
             meter=meter,
         )
         faults = [clip.error for clip in tagged if clip.error is not None and clip.scores is None]
@@ -360,20 +386,23 @@ class _TagClips(beam.DoFn):
         return student
 
 
-def _decode(clips: Iterable[Audio], features: FeatureSpec) -> Iterator[Chunk | ClipEnd]:
+def _decode(
+    clips: Iterable[Audio], features: FeatureSpec, hop_samples: int | None
+) -> Iterator[Chunk | ClipEnd]:
     """The chunks of each clip and its end, whatever kind of clip it is."""
     for clip in clips:
         if isinstance(clip, bytes):
             digest = xxhash.xxh128_hexdigest(clip)
             encoded = EncodedClip("", io.BytesIO(clip), len(clip), digest, {})
-            yield from decode_clips([encoded], features)
+            yield from decode_clips([encoded], features, hop_samples=hop_samples)
             continue
         try:
             waveform = _checked(clip, features)
         except ClipError as fault:
             yield ClipEnd(None, _size_bytes(clip), None, {}, error=fault)
             continue
-        yield from cut_chunks([waveform], features.chunk_samples, features.sample_rate)
+        rate = features.sample_rate
+        yield from cut_chunks([waveform], features.chunk_samples, rate, hop_samples)
         yield _waveform_end(waveform, features.sample_rate)
 
 

@@ -13,10 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
 
 from student.labels import Label
 from transforms.output import Output
 from transforms.records import ScoredClip, Shard, as_text
+from transforms.segments import merge_chunks
 from transforms.storage import public_url
 
 ScoreType = Literal["float32", "float16"]
@@ -41,6 +43,7 @@ class RowOptions:
     thresholds: tuple[float | None, ...]  # one a label; None: never a tag
     top_k: int | None = None  # tags per clip at most
     chunks: bool = False
+    segments: bool = False
     embeddings: bool = False
     score_type: ScoreType = "float32"
 
@@ -93,6 +96,12 @@ def clips_schema(labels: int, embedding_size: int, options: RowOptions) -> pa.Sc
     if options.chunks:
         chunk = pa.struct([("start_s", pa.float64()), ("end_s", pa.float64()), ("scores", scores)])
         fields.append(("chunks", pa.list_(chunk)))
+    if options.segments:
+        segment = pa.struct(
+            [("index", pa.int16()), ("mid", pa.string()), ("name", pa.string()),
+             ("start_s", pa.float64()), ("end_s", pa.float64()), ("score", pa.float32())]
+        )  # fmt: skip
+        fields.append(("segments", pa.list_(segment)))
     if options.embeddings:
         fields.append(("embedding", pa.list_(pa.float32(), embedding_size)))
     return pa.schema(
@@ -127,6 +136,11 @@ def clip_row(
     }
     if options.chunks:
         row["chunks"] = None if scored.scores is None else scored.chunks
+    if options.segments:
+        row["segments"] = None
+        if scored.scores is not None:
+            starts_s, ends_s, scores = zip(*scored.chunks, strict=True)
+            row["segments"] = segments_of(starts_s, ends_s, np.stack(scores), labels, options)
     if options.embeddings:
         row["embedding"] = scored.embedding
     return row
@@ -144,10 +158,7 @@ def tags_of(
     scores: np.ndarray[Any, np.dtype[np.float32]], labels: Sequence[Label], options: RowOptions
 ) -> list[dict[str, Any]]:
     """The labels whose score reaches their threshold, highest first, at most `top_k`."""
-    # The score as it is stored decides, so that the table agrees with itself.
-    stored = scores
-    if options.score_type != "float32":
-        stored = scores.astype(options.score_type).astype(np.float32)
+    stored = _as_stored(scores, options)
     reached = (stored >= _as_array(options.thresholds)).nonzero()[0]
     best = reached[np.argsort(-stored[reached], kind="stable")][: options.top_k].tolist()
     return [
@@ -159,6 +170,28 @@ def tags_of(
         }
         for label in (labels[index] for index in best)
     ]
+
+
+def segments_of(
+    starts_s: ArrayLike,
+    ends_s: ArrayLike,
+    scores: NDArray[np.float32],
+    labels: Sequence[Label],
+    options: RowOptions,
+) -> list[dict[str, Any]]:
+    """The segments of a clip from its chunks, as `merge_chunks` has them.
+
+    All that reach their threshold, whatever `top_k` is. Scores are [chunks, labels].
+    """
+    stored = _as_stored(scores, options)
+    return merge_chunks(starts_s, ends_s, stored, _as_array(options.thresholds), labels)
+
+
+def _as_stored(scores: NDArray[np.float32], options: RowOptions) -> NDArray[np.float32]:
+    """The scores as they are stored, which decide, so that the table agrees with itself."""
+    if options.score_type == "float32":
+        return scores
+    return scores.astype(options.score_type).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=4)
@@ -271,7 +304,8 @@ def _held_bytes(row: Mapping[str, Any]) -> int:
     """Roughly what a row takes until it is written."""
     vectors = 1 + len(row.get("chunks") or ())
     scores = row["scores"].nbytes if row["scores"] is not None else 0
-    return vectors * scores + 200 * len(row["tags"] or ()) + len(row["metadata"] or "")
+    named = len(row["tags"] or ()) + len(row.get("segments") or ())
+    return vectors * scores + 200 * named + len(row["metadata"] or "")
 
 
 def _count(summary: ShardSummary, row: Mapping[str, Any]) -> None:
