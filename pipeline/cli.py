@@ -12,6 +12,7 @@ from pipeline import __version__, flags
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.options import AnnotateOptions, UsageError, split_beam_options
+from pipeline.query import query
 from pipeline.retag import retag
 from pipeline.terminal import EXIT_FAILURES, EXIT_INTERRUPTED, errors_said, quiet
 
@@ -253,6 +254,7 @@ def schema(
 
 cli.add_command(distill)
 cli.add_command(evaluate)
+cli.add_command(query)
 cli.add_command(retag)
 
 
