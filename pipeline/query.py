@@ -14,12 +14,13 @@ import click
 
 from pipeline import flags
 from pipeline.options import UsageError
-from pipeline.terminal import errors_said
+from pipeline.terminal import EXIT_FAILURES, errors_said
 
 if TYPE_CHECKING:  # heavy to import, and only types here
     from pipeline.views import LabelRow, Views
 
 _CONDITION = re.compile(r"(.+?)\s*(>=|<=|>|<)\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s*", re.DOTALL)
+_NAMED = 20  # rows without a file that are told of one by one
 _ORDER = re.compile(r"(.+?)\s+(asc|desc)", re.IGNORECASE | re.DOTALL)
 
 
@@ -48,7 +49,7 @@ _ORDER = re.compile(r"(.+?)\s+(asc|desc)", re.IGNORECASE | re.DOTALL)
 @click.option(
     "--chunk",
     is_flag=True,
-    help="Ask for chunks instead of clips, by their own scores (needs annotate --chunks).",
+    help="Ask for chunks instead of clips, by their own scores (needs annotate --chunks). With SQL: --extract and --play take what is between the rows' start_s and end_s.",
 )
 @click.option(
     "--sort",
@@ -70,6 +71,17 @@ _ORDER = re.compile(r"(.+?)\s+(asc|desc)", re.IGNORECASE | re.DOTALL)
     help="[default: that of --to FILE's suffix, else table]",
 )
 @click.option("--to", metavar="FILE", help="Write the rows to a local file.")
+@click.option(
+    "--extract",
+    metavar="DIR",
+    help="Write the audio of each row to DIR, with clips.csv, instead of the rows.",
+)
+@click.option(
+    "--format-audio",
+    type=click.Choice(["flac", "wav", "original"]),
+    help="Of --extract; original is the file as it lies there. [default: flac]",
+)
+@click.option("--play", is_flag=True, help="Play the audio of each row. [default: of the first 10]")
 @flags.billing_project
 @click.option("--verbose", "-v", is_flag=True, help="Show tracebacks.")
 def query(output: str, verbose: bool, **options: Any) -> None:
@@ -104,6 +116,9 @@ class QueryOptions:
     columns: tuple[str, ...] = ()
     format_: str | None = None
     to: str | None = None
+    extract: str | None = None
+    format_audio: str | None = None
+    play: bool = False
     billing_project: str | None = None
 
 
@@ -112,20 +127,36 @@ def _query(options: QueryOptions) -> None:
     from pipeline.views import open_views
     from transforms.storage import CLOUD_STORAGE, Access
 
-    asked = ("tags", "under", "any_of", "chunk", "sort", "columns")
+    asked = ("tags", "under", "any_of", "sort", "columns")
     if options.sql is not None and any(getattr(options, name) for name in asked):
         raise UsageError(
-            "SQL says itself which rows, columns and order: leave out --tag, --under, --any, --chunk, "
-            "--sort and --columns, or the SQL"
+            "SQL says itself which rows, columns and order: leave out --tag, --under, --any, --sort and "
+            "--columns, or the SQL"
         )
+    audio = options.extract is not None or options.play
+    if options.sql is not None and options.chunk and not audio:
+        raise UsageError(
+            "--chunk beside SQL is for --extract and --play; FROM chunks asks for chunks"
+        )
+    if audio and (options.format_ or options.to or (options.extract is not None and options.play)):
+        raise UsageError("one of --extract, --play and --format or --to at a time")
+    if options.format_audio and options.extract is None:
+        raise UsageError("--format-audio is for --extract")
+    if options.chunk and options.format_audio == "original":
+        raise UsageError("the bytes of a chunk cannot be cut out: take --format-audio flac or wav")
     if options.billing_project and not options.output.startswith(CLOUD_STORAGE):
         raise UsageError("--billing-project is for gs://, and OUTPUT is not there")
     format_ = format_of(options.to, options.format_)
     if options.to is not None:
-        _refuse_inside(options.to, options.output)
+        _refuse_inside("--to", options.to, options.output)
+    if options.extract is not None:
+        _refuse_inside("--extract", options.extract, options.output)
     with open_views(options.output, Access(options.billing_project)) as views:
         sql = options.sql if options.sql is not None else sql_of(options, views)
-        views.interruptible(lambda: _write(views, sql, options, format_))
+        if audio:
+            _take_audio(views, sql, options)
+        else:
+            views.interruptible(lambda: _write(views, sql, options, format_))
 
 
 def sql_of(options: QueryOptions, views: Views) -> str:
@@ -143,9 +174,7 @@ def sql_of(options: QueryOptions, views: Views) -> str:
         named.append(label)
         if settled and not options.any_of:
             # Every row that is left has this tag, and the tag has the score.
-            scores[label.index] = (
-                f"list_filter(tags, lambda t: t.index = {label.index})[1].score"
-            )
+            scores[label.index] = f"list_filter(tags, lambda t: t.index = {label.index})[1].score"
     for text in options.under:
         below = views.labels.below(text)
         if options.chunk:
@@ -185,12 +214,16 @@ def sql_of(options: QueryOptions, views: Views) -> str:
     if options.columns:
         chosen = [name for text in options.columns for name in _names(text, columns, views)]
     else:
-        usual = ("clip_id", "start_s", "end_s") if options.chunk else ("clip_id", "duration_s", "tags")
+        usual = (
+            ("clip_id", "start_s", "end_s") if options.chunk else ("clip_id", "duration_s", "tags")
+        )
         chosen = [*usual, *dict.fromkeys(label.name for label in named)]
     select = ", ".join(
         f"{expression(name, '--columns')[0]} AS {name_quoted(name)}" for name in chosen
     )
-    where = f" WHERE {(' OR ' if options.any_of else ' AND ').join(conditions)}" if conditions else ""
+    where = (
+        f" WHERE {(' OR ' if options.any_of else ' AND ').join(conditions)}" if conditions else ""
+    )
     limit = "" if options.limit is None else f" LIMIT {options.limit}"
     return f"SELECT {select} FROM {view}{where}{order}{limit}"
 
@@ -268,7 +301,8 @@ def _write(views: Views, sql: str, options: QueryOptions, format_: str) -> None:
             count, more = rows.write_table(names, rows.rows_of(result), limit)
             if more:
                 click.echo(
-                    f"The first {count} rows; --limit N shows more of them, --format csv all.", err=True
+                    f"The first {count} rows; --limit N shows more of them, --format csv all.",
+                    err=True,
                 )
             elif not count:
                 click.echo("No row.", err=True)
@@ -291,8 +325,50 @@ def _write(views: Views, sql: str, options: QueryOptions, format_: str) -> None:
             click.echo(f"Wrote {count:,} row{'s' * (count != 1)} to {options.to}", err=True)
 
 
-def _refuse_inside(file: str, output: str) -> None:
-    if "://" in file:
-        raise UsageError(f"--to {file!r}: rows are written to a local file; copy it from there")
-    if "://" not in output and Path(output).resolve() in Path(file).resolve().parents:
-        raise UsageError(f"--to {file!r} is inside of OUTPUT, which is only read: choose another place")
+def _take_audio(views: Views, sql: str, options: QueryOptions) -> None:
+    from rich.console import Console
+    from rich.progress import track
+
+    from pipeline import extract
+    from pipeline.rows import safe
+    from transforms.storage import Access
+
+    access = Access(options.billing_project)
+    limit = extract.PLAYED if options.play and options.limit is None else options.limit
+    wanted = views.interruptible(lambda: extract.wanted_of(views, sql, limit, chunk=options.chunk))
+    if options.extract is None:
+        done = extract.play(wanted, views, access)
+    else:
+        console = Console(stderr=True)
+
+        def shown(rows: Any) -> Any:
+            return track(
+                rows, "extracting", len(wanted), console=console, transient=True,
+                disable=not console.is_terminal,
+            )  # fmt: skip
+
+        format_ = options.format_audio or "flac"
+        done = extract.extract(wanted, Path(options.extract), format_, views, access, shown)
+        files = sum(row.file is not None for row in done)
+        click.echo(
+            f"Wrote {files:,} file{'s' * (files != 1)} and {extract.TABLE_FILE} to {options.extract}",
+            err=True,
+        )
+    amiss = [row for row in done if row.problem is not None]
+    for row in amiss[:_NAMED]:
+        click.echo(safe(f"{row.wanted.clip_id}: {row.problem}"), err=True)
+    if len(amiss) > _NAMED:
+        where = f"; {extract.TABLE_FILE} names them all" if options.extract is not None else ""
+        click.echo(f"and {len(amiss) - _NAMED:,} more{where}", err=True)
+    if any(row.file is None for row in done):
+        sys.exit(EXIT_FAILURES)
+
+
+def _refuse_inside(option: str, place: str, output: str) -> None:
+    if "://" in place:
+        raise UsageError(f"{option} {place!r}: it is written on this machine; copy it from there")
+    inside = [Path(place).resolve(), *Path(place).resolve().parents]
+    if "://" not in output and Path(output).resolve() in inside:
+        raise UsageError(
+            f"{option} {place!r} is inside of OUTPUT, which is only read: choose another place"
+        )

@@ -84,10 +84,7 @@ def write_table(
         )
     for row in cells:
         table.add_row(
-            *(
-                Text(_fitted(text, widths[at], names[at] in _PLACES))
-                for at, text in enumerate(row)
-            )
+            *(Text(_fitted(text, widths[at], names[at] in _PLACES)) for at, text in enumerate(row))
         )
     console.print(table, soft_wrap=True)
     return len(few), limit is None and next(left, None) is not None
@@ -158,7 +155,9 @@ def safe(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(
-        c if c.isprintable() and unicodedata.category(c) != "Cf" else c.encode("unicode_escape").decode()
+        c
+        if c.isprintable() and unicodedata.category(c) != "Cf"
+        else c.encode("unicode_escape").decode()
         for c in text
     )
 

@@ -296,7 +296,11 @@ def with_functions(
         function = text.lower()
         if function not in ("score", "has") or texts[at + 1 : at + 2] != ["("]:
             continue
-        if len(texts) < at + 4 or texts[at + 3] not in (")", ");") or not _is_literal(texts[at + 2]):
+        if (
+            len(texts) < at + 4
+            or texts[at + 3] not in (")", ");")
+            or not _is_literal(texts[at + 2])
+        ):
             raise UsageError(
                 f"{function}() takes one label in quotes, by name or mid, such as {function}('Dog')"
             )
@@ -427,7 +431,9 @@ def _make_views(views: Views, names: list[str]) -> list[str]:
             f"{output.uri}/{_LABELS_FILE} is damaged: remove it, and the same earmark annotate again "
             "writes it"
         ) from error
-    rows = connection.execute("SELECT index, mid, name, threshold, ancestors FROM labels").fetchall()
+    rows = connection.execute(
+        "SELECT index, mid, name, threshold, ancestors FROM labels"
+    ).fetchall()
     views.labels = Labels([LabelRow(*row[:4], tuple(row[4])) for row in rows])
 
     # Local files DuckDB reads itself, in threads. A name with a mark of its patterns would be
@@ -448,7 +454,9 @@ def _make_views(views: Views, names: list[str]) -> list[str]:
     connection.execute(
         f"CREATE VIEW clips AS FROM all_rows WHERE error IS NULL OR error.type = {quoted(PARTLY)}"
     )
-    scores = [c for c in ("scores", "tags", "chunks", "segments", "embedding") if c in views.columns]
+    scores = [
+        c for c in ("scores", "tags", "chunks", "segments", "embedding") if c in views.columns
+    ]
     connection.execute(
         "CREATE VIEW failures AS SELECT error.stage AS stage, error.type AS type, "
         f"error.message AS message, * EXCLUDE (error, {', '.join(scores)}) "
