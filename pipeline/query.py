@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,6 +234,11 @@ def _condition(text: str, options: QueryOptions, views: Views) -> tuple[LabelRow
     text = text.strip()
     parsed = None if text in views.labels else _CONDITION.fullmatch(text)
     if parsed is None:
+        if "<" in text or ">" in text:
+            raise UsageError(
+                f"--tag {text!r} cannot be understood: expected a label, or a label, one of > >= < <=, and "
+                "a number, such as 'Dog>0.5'"
+            )
         label = views.labels.find(text)
         if options.chunk:
             reaches = _reaches(label)
@@ -246,8 +252,8 @@ def _condition(text: str, options: QueryOptions, views: Views) -> tuple[LabelRow
     name, operator, value = parsed.groups()
     label = views.labels.find(name)
     try:
-        score = float(value)
-    except ValueError:
+        score = _as_stored(float(value))
+    except (ValueError, OverflowError):
         raise UsageError(f"--tag {text!r}: {value!r} is not a number") from None
     plain = f"scores[{label.index + 1}] {operator} {value}::FLOAT"
     # A score from the threshold up is in `tags`, a small column beside that of all scores.
@@ -255,7 +261,7 @@ def _condition(text: str, options: QueryOptions, views: Views) -> tuple[LabelRow
         not options.chunk
         and views.run["scoring"]["top_k"] is None
         and label.threshold is not None
-        and score > label.threshold
+        and score >= label.threshold
     )
     if not in_tags:
         return label, plain, False
@@ -267,6 +273,11 @@ def _condition(text: str, options: QueryOptions, views: Views) -> tuple[LabelRow
     if operator in (">", ">="):
         return label, with_it, True
     return label, f"NOT ({with_it})", False
+
+
+def _as_stored(score: float) -> float:
+    """`score` as float32, in which thresholds are."""
+    return float(struct.unpack("f", struct.pack("f", score))[0])
 
 
 def _reaches(label: LabelRow) -> str | None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import csv
 import datetime
 import decimal
+import io
 import json
 import math
 import os
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
-
-import click
 
 from pipeline.options import UsageError
 from transforms.records import as_text
@@ -279,9 +279,10 @@ def to_stdout(binary: bool) -> Any:
     Raises:
         UsageError: bytes would go to a terminal.
     """
-    if not binary:
-        return click.get_text_stream("stdout", encoding="utf-8", errors="surrogateescape")
-    stream = click.get_binary_stream("stdout")
-    if stream.isatty():
+    if binary and sys.stdout.isatty():
         raise UsageError("Parquet is no text for a terminal: give --to FILE, or > FILE")
-    return stream
+    if binary:
+        return sys.stdout.buffer
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    return sys.stdout

@@ -31,6 +31,8 @@ _SUGGESTIONS = 3
 # The error of a row whose scores are those of the part before the fault.
 PARTLY = "Truncated"
 
+_ALIAS = r"(?:\w+|\"[^\"]*\")\."
+
 # Views that need a column which not every output has: what to say where it is missing.
 _OF_OPTIONS = {"chunks": "--chunks", "segments": "--segments"}
 
@@ -113,7 +115,7 @@ class Views:
     labels: Labels
     columns: tuple[str, ...]  # of the files
     _files: OutputFiles
-    _headers: dict[str, str] = field(default_factory=dict)  # as DuckDB names them -> as asked
+    _headers: dict[str, str] = field(default_factory=dict)  # pattern of DuckDB's name -> as asked
     _macros: dict[tuple[int, ...], str] = field(default_factory=dict)  # of `has_macro`
 
     def execute(self, sql: str, parameters: Any = None) -> duckdb.DuckDBPyConnection:
@@ -164,7 +166,7 @@ class Views:
     def header(self, name: str) -> str:
         """The name of a column of a result, with `score('Dog')` as it was asked for."""
         for found, asked in self._headers.items():
-            name = name.replace(found, asked)
+            name = re.sub(found, lambda _, asked=asked: asked, name)
         return name
 
     @contextlib.contextmanager
@@ -184,23 +186,26 @@ class Views:
                 raise UsageError(
                     f"{self.output.uri} has no {name}: annotate with {_OF_OPTIONS[name]} into a new output"
                 ) from error
-            if isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException):
-                raise OSError(text.splitlines()[0]) from error
+            if "file system operations are disabled" in text:
+                raise UsageError("a query reads OUTPUT and no other file") from error
+            first = text.splitlines()[0]
+            if isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException) or re.search(
+                rf"{CLIPS_FOLDER}/.*\.parquet", first
+            ):
+                raise OSError(first) from error
             if re.search(r'column "(scores|tags)" not found', text) and self._headers:
                 text += "\nscore() is for clips and chunks, has() for clips"
-            if "file system operations are disabled" in text:
-                text = "a query reads OUTPUT and no other file"
             raise UsageError(text) from error
 
     def _scores_of(self, label: str) -> str:
         row = self.labels.find(label)
         expression = f"scores[{row.index + 1}]"
-        self._headers[expression] = f"score({quoted(label)})"
+        self._headers[rf"({_ALIAS})?{re.escape(expression)}"] = f"score({quoted(label)})"
         return expression
 
     def _has_of(self, label: str) -> tuple[str, str]:
         macro = self.has_macro(self.labels.below(label))
-        self._headers[f"{macro}(tags)"] = f"has({quoted(label)})"
+        self._headers[rf"{macro}\(({_ALIAS})?tags\)"] = f"has({quoted(label)})"
         return f"{macro}(", "tags)"
 
     def has_macro(self, indices: Sequence[int]) -> str:
@@ -286,6 +291,8 @@ def with_functions(
     """
     content = sql.encode("utf-8", "surrogateescape")  # DuckDB counts in bytes
     tokens = duckdb.tokenize(sql)
+    if not tokens:
+        return sql
     starts = [start for start, _ in tokens]
     texts = [
         content[start:end].decode("utf-8", "surrogateescape").strip()
