@@ -82,7 +82,9 @@ def wanted_of(views: Views, sql: str, limit: int | None, *, chunk: bool) -> list
     """
     with views.errors_explained():
         relation = views.connection.sql(views.checked(sql))
-        needed = ("clip_id", "start_s", "end_s") if chunk else ("clip_id",)
+        needed = {"clip_id": "VARCHAR"}
+        if chunk:
+            needed |= {"start_s": "DOUBLE", "end_s": "DOUBLE"}
         for name in needed:
             if name not in relation.columns:
                 raise UsageError(
@@ -91,7 +93,8 @@ def wanted_of(views: Views, sql: str, limit: int | None, *, chunk: bool) -> list
                 )
         if limit is not None:
             relation = relation.limit(limit)
-        asked = dict.fromkeys(relation.project(", ".join(needed)).fetchall())
+        cast = ", ".join(f"CAST({name} AS {kind})" for name, kind in needed.items())
+        asked = dict.fromkeys(relation.project(cast).fetchall())
     unknown = [row for row in asked if any(value is None for value in row)]
     if unknown:
         raise UsageError(f"a row has no {' or no '.join(needed)}; leave such rows out")
