@@ -28,9 +28,6 @@ _LABELS_FILE = "labels.parquet"
 _SCHEME = "earmark"
 _SUGGESTIONS = 3
 
-# The error of a row whose scores are those of the part before the fault.
-PARTLY = "Truncated"
-
 _ALIAS = r"(?:\w+|\"[^\"]*\")\."
 
 # Views that need a column which not every output has: what to say where it is missing.
@@ -458,9 +455,8 @@ def _make_views(views: Views, names: list[str]) -> list[str]:
     connection.execute(f"CREATE VIEW all_rows AS FROM {source}")
     described = connection.execute("DESCRIBE all_rows").fetchall()
     views.columns = tuple(row[0] for row in described)
-    connection.execute(
-        f"CREATE VIEW clips AS FROM all_rows WHERE error IS NULL OR error.type = {quoted(PARTLY)}"
-    )
+    # An error beside tags says that these are of a part of the clip.
+    connection.execute("CREATE VIEW clips AS FROM all_rows WHERE tags IS NOT NULL")
     scores = [
         c for c in ("scores", "tags", "chunks", "segments", "embedding") if c in views.columns
     ]
