@@ -14,6 +14,7 @@ from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.options import AnnotateOptions, UsageError, split_beam_options
+from pipeline.query import query
 from pipeline.retag import retag
 from pipeline.terminal import EXIT_FAILURES, EXIT_INTERRUPTED, errors_said, quiet
 
@@ -324,6 +325,7 @@ def schema(
 cli.add_command(distill)
 cli.add_command(evaluate)
 cli.add_command(export)
+cli.add_command(query)
 cli.add_command(retag)
 
 

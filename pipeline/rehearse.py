@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline import dataflow
 from pipeline.options import UsageError
-from pipeline.run import Job, annotate, annotation_of, empty_pipeline, row_options
+from pipeline.run import Job, annotate, annotation_of, empty_pipeline, limits_of, row_options
 from student.checkpoint import CheckpointError
 from student.model import DeviceError, Student
 from transforms.checkpoint import local_checkpoint
@@ -88,7 +88,7 @@ def _tag_one(job: Job, student: Student) -> ScoredClip | None:
     try:
         with closing(read_clips(shard, job.access)) as clips:
             for _, clip in zip(range(_TRIED_CLIPS), clips, strict=False):
-                decoded = decode_clips([clip], student.features, annotation.limits, hop)
+                decoded = decode_clips([clip], student.features, limits_of(job.options), hop)
                 (found,) = score_clips(decoded, student, job.options.pool)
                 if found.scores is not None and np.isfinite(found.scores).all():
                     break
