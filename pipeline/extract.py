@@ -24,9 +24,9 @@ from pipeline.rows import safe
 from pipeline.views import Views
 from transforms.cut import write_clip
 from transforms.find import find_clips
-from transforms.read import AUDIO_SUFFIXES
 from transforms.records import ClipError, EncodedClip
 from transforms.storage import Access
+from transforms.suffixes import AUDIO_SUFFIXES
 
 TABLE_FILE = "clips.csv"
 PLAYED = 10  # clips of --play without --limit
