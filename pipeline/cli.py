@@ -13,7 +13,9 @@ from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.options import AnnotateOptions, UsageError, split_beam_options
 from pipeline.retag import retag
+from pipeline.retry import retry
 from pipeline.terminal import EXIT_FAILURES, EXIT_INTERRUPTED, errors_said, quiet
+from pipeline.verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -112,6 +114,11 @@ def cli() -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run's files from DIR first.")
 @click.option(
+    "--refresh",
+    is_flag=True,
+    help="Do finished shards anew whose inputs have changed since, each replaced in one step.",
+)
+@click.option(
     "--max-failure-ratio",
     type=click.FloatRange(0, 1),
     default=AnnotateOptions.max_failure_ratio,
@@ -119,12 +126,7 @@ def cli() -> None:
     metavar="R",
     help="Exit with 1 when more than this share of all clips failed.",
 )
-@click.option(
-    "--inputs-from",
-    multiple=True,
-    metavar="FILE",
-    help="A file that names one INPUT a line.",
-)
+@flags.inputs_from
 @flags.billing_project
 @flags.kms_key
 @click.option(
@@ -254,6 +256,8 @@ def schema(
 cli.add_command(distill)
 cli.add_command(evaluate)
 cli.add_command(retag)
+cli.add_command(retry)
+cli.add_command(verify)
 
 
 def _run(options: AnnotateOptions) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import platform
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +29,9 @@ from transforms.decode import RESAMPLE_QUALITY
 from transforms.output import Output, publish_bytes, remove_output
 from transforms.records import Shard, as_text
 from transforms.shards import outdated, source_of
-from transforms.write import CLIPS_FOLDER, RUN_FILE, ShardSummary, read_summary
+from transforms.source import what_changed
+from transforms.storage import is_local
+from transforms.write import CLIPS_FOLDER, RUN_FILE, Footer, ShardSummary, read_footer
 
 LABELS_FILE = "labels.parquet"
 SUMMARY_FILE = "summary.json"
@@ -91,15 +97,22 @@ def describe_run(
         "scoring": scoring,
         "thresholds": {label.name: t for label, t in zip(checkpoint.labels, thresholds, strict=True)},
         "inputs": [as_text(pattern) for pattern in options.inputs],
+        # Where inputs that are relative paths begin, for who reads them once more.
+        "started_in": as_text(str(Path.cwd())) if any(map(is_relative, options.inputs)) else None,
         "options": {
             name: value
             for name, value in asdict(options).items()
-            if name not in ("inputs", "output", "checkpoint", "overwrite")
+            if name not in ("inputs", "output", "checkpoint", "overwrite", "refresh")
             and not name.startswith(("dry_run", "job_file", "detach", "profile"))
         },
         "computed_by": dict(computed_by),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS_OF},
     }  # fmt: skip
+
+
+def is_relative(place: str) -> bool:
+    """Whether a place is a path of this machine that depends on where a command is run."""
+    return is_local(place) and not os.path.isabs(place)
 
 
 def labels_digest(labels: Sequence[Label]) -> str:
@@ -135,7 +148,14 @@ def labels_parquet(labels: Sequence[Label], thresholds: Thresholds) -> bytes:
     return file.getvalue()
 
 
-def claim(output: Output, name: str, run: dict[str, Any], *, only_look: bool = False) -> str:
+def claim(
+    output: Output,
+    name: str,
+    run: dict[str, Any],
+    *,
+    only_look: bool = False,
+    advice: str = "One output holds one making: choose another --output, or start anew with --overwrite",
+) -> str:
     """Makes `output` this run's, or checks that it is of the same making; gives its `run.json`.
 
     Args:
@@ -143,6 +163,7 @@ def claim(output: Output, name: str, run: dict[str, Any], *, only_look: bool = F
         name: what the user calls it.
         run: of `describe_run`.
         only_look: write nothing.
+        advice: what to do where it was made otherwise.
 
     Raises:
         UsageError: the output was made otherwise, or is not earmark's.
@@ -172,8 +193,7 @@ def claim(output: Output, name: str, run: dict[str, Any], *, only_look: bool = F
         ) from error
     if differences:
         raise UsageError(
-            f"--output {name!r} holds rows that were made otherwise: {'; '.join(differences)}. "
-            "One output holds one making: choose another --output, or start anew with --overwrite"
+            f"--output {name!r} holds rows that were made otherwise: {'; '.join(differences)}. {advice}"
         )
     return claimed.decode("utf-8")
 
@@ -256,15 +276,11 @@ def sum_up(
         total.add(summary)
         if shard_id not in finished_before:
             now.add(summary)
-    failures: dict[str, dict[str, int]] = {}
-    for reason, count in total.failures.most_common():
-        stage, _, kind = reason.partition("/")
-        failures.setdefault(stage, {})[kind] = count
     content = {
         "clips": total.clips,
         "tagged": total.clips - total.failed,
         "failed": total.failed,
-        "failures": failures,
+        "failures": _by_stage(total.failures),
         "audio_s": round(total.audio_s, 3),
         "wall_s": round(wall_s, 3),
         "clips_per_s": round(now.clips / wall_s, 3) if now.clips else 0.0,
@@ -283,19 +299,75 @@ def sum_up(
 def _says(output: Output, total: ShardSummary) -> bool:
     """Whether `summary.json` has these totals already."""
     try:
-        stated = json.loads(output.read(SUMMARY_FILE) or b"{}")
-        return (stated["clips"], stated["failed"]) == (total.clips, total.failed)
-    except (ValueError, KeyError, TypeError):
+        return not differing_totals(json.loads(output.read(SUMMARY_FILE) or b"{}"), total)
+    except ValueError:
         return False
 
 
-def _summaries(output: Output, shards: list[str]) -> Iterator[tuple[ShardSummary, str]]:
-    names = [f"{CLIPS_FOLDER}/{shard_id}.parquet" for shard_id in shards]
+def differing_totals(stated: Any, total: ShardSummary) -> list[str]:
+    """What of a `summary.json` is not the sum of the output's files, in words."""
+    if not isinstance(stated, dict):
+        return ["it holds no JSON object"]
+    facts = {
+        "clips": total.clips,
+        "tagged": total.clips - total.failed,
+        "failed": total.failed,
+        "failures": _by_stage(total.failures),
+        "audio_s": round(total.audio_s, 3),
+        "tags": dict(total.tags),
+    }
+    return [
+        f"{name} is {_shown(stated.get(name))}, the files add up to {_shown(value)}"
+        if name not in ("failures", "tags")
+        else f"{name} differ from those of the files"
+        for name, value in facts.items()
+        if stated.get(name) != value
+    ]
+
+
+def _by_stage(failures: Counter[str]) -> dict[str, dict[str, int]]:
+    staged: dict[str, dict[str, int]] = {}
+    for reason, count in failures.most_common():
+        stage, _, kind = reason.partition("/")
+        staged.setdefault(stage, {})[kind] = count
+    return staged
+
+
+def footers(output: Output, shards: Iterable[str]) -> Iterator[tuple[str, Footer | ValueError]]:
+    """(shard id, footer) of finished shards, in order; an error in place of one that is damaged."""
+
+    def one(shard_id: str) -> tuple[str, Footer | ValueError]:
+        try:
+            return shard_id, read_footer(output, f"{CLIPS_FOLDER}/{shard_id}.parquet")
+        except ValueError as error:
+            return shard_id, error
+
+    left = iter(shards)
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-        for start in range(0, len(names), 1_024):  # so that no more wait in memory
-            yield from pool.map(
-                lambda name: read_summary(output, name), names[start : start + 1_024]
-            )
+        while some := list(islice(left, 1_024)):  # so that no more wait in memory
+            yield from pool.map(one, some)
+
+
+def changed_shards(output: Output, finished: Iterable[Shard]) -> Iterator[tuple[Shard, str]]:
+    """(shard, how) of the finished shards whose source is another by now, as listings show.
+
+    A file that is damaged, or does not say what its source was, is passed over.
+    """
+    left = iter(finished)
+    while some := list(islice(left, 1_024)):
+        found = footers(output, (shard.id for shard in some))
+        for shard, (_, footer) in zip(some, found, strict=True):
+            if isinstance(footer, Footer) and footer.source is not None:
+                how = what_changed(footer.source, shard)
+                if how is not None:
+                    yield shard, how
+
+
+def _summaries(output: Output, shards: list[str]) -> Iterator[tuple[ShardSummary, str]]:
+    for _, footer in footers(output, shards):
+        if isinstance(footer, ValueError):
+            raise footer
+        yield footer.summary, footer.fingerprint
 
 
 def _shown(value: Any) -> str:

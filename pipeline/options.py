@@ -44,6 +44,7 @@ class AnnotateOptions:
     limit: int | None = None
     files_per_shard: int = 256
     overwrite: bool = False
+    refresh: bool = False
     max_failure_ratio: float = 0.5
     inputs_from: tuple[str, ...] = ()  # files that name more inputs
     billing_project: str | None = None

@@ -7,7 +7,6 @@ made like any other, a file a shard, and goes on where it was stopped.
 
 from __future__ import annotations
 
-import io
 import json
 import time
 import uuid
@@ -156,6 +155,7 @@ def prepare(options: RetagOptions) -> RetagJob:
         UsageError: the source, the thresholds or the output cannot be used as asked.
     """
     from pipeline import ledger
+    from pipeline.recorded import recorded_labels, recorded_run
     from pipeline.thresholds import asked_thresholds
     from transforms.output import LocalOutput, open_output, remove_abandoned
     from transforms.storage import CLOUD_STORAGE, Access
@@ -182,8 +182,8 @@ def prepare(options: RetagOptions) -> RetagJob:
             "reader would find old and new ones in one table; give a new folder"
         )
 
-    made = _made(source, options.source)
-    labels = _labels(source, made)
+    made = recorded_run(source, options.source)
+    labels = recorded_labels(source, made)
     asked = asked_thresholds(
         options.threshold,
         options.thresholds,
@@ -322,66 +322,6 @@ def describe_retagging(
             "from": {"output": source, "id": made["id"], "fingerprint": made["fingerprint"]},
         },
     }
-
-
-def _made(source: Output, name: str) -> dict[str, Any]:
-    """The source's `run.json`, with what is needed of it."""
-    from transforms.write import RUN_FILE
-
-    try:
-        content = source.read(RUN_FILE)
-    except NotADirectoryError as error:
-        raise UsageError(
-            f"OUTPUT {name!r} is a file; expected the folder that earmark annotate wrote: audio is "
-            "annotated first"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"OUTPUT {name!r} cannot be read: {error.strerror or error}") from error
-    if content is None:
-        raise UsageError(
-            f"OUTPUT {name!r} holds no {RUN_FILE}; give the folder that earmark annotate wrote"
-        )
-    try:
-        made: dict[str, Any] = json.loads(content)
-        scoring = made["scoring"]
-        _ = made["id"], made["fingerprint"], made["options"], made["checkpoint"]["weights_sha256"]
-        _ = scoring["labels"], scoring["thresholds"], scoring["top_k"], scoring["score_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{source.uri}/{RUN_FILE} is damaged or no earmark annotate's ({type(error).__name__}: {error}); "
-            "give the folder that earmark annotate wrote"
-        ) from error
-    return made
-
-
-def _labels(source: Output, made: dict[str, Any]) -> tuple[Label, ...]:
-    """The labels of the source's scores, which `run.json` must know."""
-    import pyarrow as pa
-
-    from evaluation.scores import read_table
-    from pipeline import ledger
-    from student.labels import Label
-
-    place = f"{source.uri}/{ledger.LABELS_FILE}"
-    content = source.read(ledger.LABELS_FILE)
-    if content is None:
-        raise UsageError(
-            f"{place} is not there, so what the scores mean is not known; the same earmark annotate "
-            "again writes it"
-        )
-    try:
-        rows = read_table(io.BytesIO(content), ["index", "mid", "name"]).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UsageError(
-            f"{place} is damaged ({error}): remove it, and the same earmark annotate again writes it"
-        ) from error
-    labels = tuple(Label(row["index"], row["mid"] or "", row["name"]) for row in rows)
-    if ledger.labels_digest(labels) != made["scoring"]["labels"]:
-        raise UsageError(
-            f"{place} has other labels than the run.json beside it: they are of two outputs; take "
-            "the folder as earmark annotate wrote it"
-        )
-    return labels
 
 
 def _check_scores(

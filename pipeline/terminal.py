@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,24 @@ from pipeline.options import UsageError
 EXIT_FAILURES = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey, and what hides or turns text, written as `\\xNN`.
+
+    Names of clips and files are anybody's: an escape sequence in one must not reach a terminal.
+    Line ends stay.
+    """
+    return "".join(
+        character
+        if character == "\n" or unicodedata.category(character) not in _UNPRINTABLE
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+# Control and format characters, lone surrogates, line and paragraph separators.
+_UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 
 
 @contextlib.contextmanager

@@ -153,7 +153,7 @@ def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Cli
 # ---------------------------------------------------------------------- tars
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """Makes a damaged header an error.
 
     tarfile takes a damaged or missing header anywhere but at the start for the
@@ -161,9 +161,10 @@ class _StrictTarInfo(tarfile.TarInfo):
     """
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictTarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> StrictTarInfo:
+        """As tarfile's; a damaged header is a `ReadError`."""
         try:
-            return cast(_StrictTarInfo, super().fromtarfile(tar))
+            return cast(StrictTarInfo, super().fromtarfile(tar))
         except tarfile.EOFHeaderError:
             raise  # the zero block that ends an archive
         except tarfile.HeaderError as error:
@@ -186,7 +187,7 @@ def _read_tar(stream: BinaryIO) -> Clips:
     plain, mode = _uncompressed(stream)
     try:
         with tarfile.open(
-            fileobj=plain, mode=mode, tarinfo=_StrictTarInfo, errors="surrogateescape"
+            fileobj=plain, mode=mode, tarinfo=StrictTarInfo, errors="surrogateescape"
         ) as tar:
             for info in tar:
                 members += 1

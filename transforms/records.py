@@ -46,6 +46,11 @@ def unique(clip_id: str, seen: dict[str, int]) -> str:
     return numbered
 
 
+def clip_id_of(shard_id: str, name: str | None, member: str | None, seen: dict[str, int]) -> str:
+    """A clip's id: its shard's, and what a manifest or else the shard calls it; see `unique`."""
+    return unique(f"{shard_id}/{name or member or '(broken shard)'}", seen)
+
+
 @dataclass(frozen=True)
 class Shard:
     """A unit of work: read as one, published as one Parquet file named `id`.
@@ -62,10 +67,10 @@ class Shard:
     row_groups: tuple[int, int] | None = None  # first and one past the last, for kind "parquet"
     max_clips: int | None = None  # stop after so many clips (--limit)
     checksum: str | None = None  # of the file, as `storage.StoredFile` has it
-    # Bytes of `files` where they are remote, or of the file of which `row_groups` is a part:
-    # what spares a worker the question.
+    # Bytes of `files`, or of the file of which `row_groups` is a part: what spares a worker the
+    # question where they are remote.
     file_sizes: tuple[int, ...] = ()
-    file_checksums: tuple[str | None, ...] = ()  # of `files` where they are remote
+    file_checksums: tuple[str | None, ...] = ()  # of `files`
 
 
 @dataclass(frozen=True)

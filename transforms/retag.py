@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
@@ -12,11 +11,10 @@ import pyarrow.parquet as pq
 from student.labels import Label
 from transforms.output import Output
 from transforms.write import (
-    RUN_KEY,
-    SHARD_KEY,
     RowOptions,
     ShardSummary,
-    read_summary,
+    file_metadata,
+    read_footer,
     tags_of,
 )
 
@@ -62,8 +60,9 @@ def retag_file(
     """
     place = f"{source.uri}/{name}"
     with _readable(place):
-        before, making = read_summary(source, name)
-    if making != fingerprint:
+        footer = read_footer(source, name)
+    before = footer.summary
+    if footer.fingerprint != fingerprint:
         raise RetagError(
             f"{place} is of another making than the run.json beside it; annotate once more into a new "
             "folder, and retag that"
@@ -88,9 +87,7 @@ def retag_file(
                         table = file.read_row_group(group, others, use_threads=False)
                     tags = _tags(table["scores"], labels, options, after, schema.field(at).type)
                     writer.write_table(table.add_column(at, schema.field(at), tags))
-                writer.add_key_value_metadata(
-                    {RUN_KEY: run.encode(), SHARD_KEY: json.dumps(vars(after)).encode()}
-                )
+                writer.add_key_value_metadata(file_metadata(run, after, footer.source))
             before_publishing()
             output.publish(scratch, name)
     return before, after

@@ -32,15 +32,15 @@ from transforms.storage import (
     explain,
     find_cloud,
     glob_cloud,
-    is_local,
     list_cloud,
+    mtime_of,
     open_file_system,
 )
 
 FILES_PER_SHARD = 256
 PARQUET_SHARD_BYTES = 512 << 20  # of row groups; larger Parquet files are split
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_PACKED_SHARDS = 1_000
+PACKED_SHARDS = 1_000
 
 
 class InputError(ValueError):
@@ -142,7 +142,7 @@ def find_shards(
                     files = loose.setdefault(url, {})
                     files[_below(root, file.path)] = file
                     if in_order and len(files) == files_per_shard:
-                        shards = [_file_shard(url, flushed[url], loose.pop(url), remote)]
+                        shards = [_file_shard(url, flushed[url], loose.pop(url))]
                         flushed[url] += 1
             else:
                 passed_over[posixpath.splitext(file.path)[1] or "no suffix"] += 1
@@ -161,18 +161,18 @@ def find_shards(
         files = sorted(loose[root].items())
         for start in range(0, len(files), files_per_shard):
             group = dict(files[start : start + files_per_shard])
-            yield _file_shard(root, flushed[root], group, not is_local(root))
+            yield _file_shard(root, flushed[root], group)
             flushed[root] += 1
 
 
 def pack_shards(shards: Iterable[Shard]) -> Iterator[bytes]:
-    """Shards in packets of `_PACKED_SHARDS`, compressed.
+    """Shards in packets of `PACKED_SHARDS`, compressed.
 
     Names in one listing are much alike: a million tars take about 28 MB so, in a job's
     description and in memory, instead of some hundred.
     """
     left = iter(shards)
-    while packet := list(islice(left, _PACKED_SHARDS)):
+    while packet := list(islice(left, PACKED_SHARDS)):
         text = json.dumps([list(vars(shard).values()) for shard in packet])
         yield zlib.compress(text.encode(), 6)
 
@@ -284,18 +284,20 @@ def _fsspec_matches(fs: Any, path: str, pattern: str) -> Iterator[tuple[str, Sto
                 yield from _walk(fs, match, root)
             else:
                 named = match.endswith(named_suffix)
-                yield root, _stored(match, details), named
+                yield root, _stored(fs, match, details), named
         return
     except OSError as error:
         raise InputError(f"{pattern!r} cannot be read: {error.strerror or error}") from error
     if info["type"] == "directory":
         yield from _walk(fs, path, path)
     else:
-        yield posixpath.dirname(path), _stored(path, info), True
+        yield posixpath.dirname(path), _stored(fs, path, info), True
 
 
-def _stored(path: str, details: dict[str, Any]) -> StoredFile:
-    return StoredFile(path, details["size"] or 0, etag_of(details))
+def _stored(fs: Any, path: str, details: dict[str, Any]) -> StoredFile:
+    local = isinstance(fs, LocalFileSystem)
+    version = mtime_of(path, details) if local else etag_of(details)
+    return StoredFile(path, details["size"] or 0, version)
 
 
 def _is_glob(path: str) -> bool:
@@ -312,7 +314,7 @@ def _root_of_glob(path: str) -> tuple[str, str]:
 def _walk(fs: Any, folder: str, root: str) -> Iterator[tuple[str, StoredFile, bool]]:
     for file, details in sorted(fs.find(folder, detail=True).items()):
         if not _is_hidden(file, folder):
-            yield root, _stored(file, details), False
+            yield root, _stored(fs, file, details), False
 
 
 def _is_hidden(file: str, folder: str) -> bool:
@@ -364,7 +366,7 @@ def _parquet_shards(whole: Shard, *, must_have_audio: bool, access: Access) -> I
             first, group_bytes = group + 1, 0
 
 
-def _file_shard(root: str, number: int, found: dict[str, StoredFile], remote: bool) -> Shard:
+def _file_shard(root: str, number: int, found: dict[str, StoredFile]) -> Shard:
     files, sizes = tuple(found), tuple(file.size for file in found.values())
     return Shard(
         id=f"{_id(root)}-{number:05d}-{_hash(chr(0).join(files))}",
@@ -372,8 +374,8 @@ def _file_shard(root: str, number: int, found: dict[str, StoredFile], remote: bo
         kind="files",
         size_bytes=sum(sizes),
         files=files,
-        file_sizes=sizes if remote else (),
-        file_checksums=tuple(file.checksum for file in found.values()) if remote else (),
+        file_sizes=sizes,
+        file_checksums=tuple(file.checksum for file in found.values()),
     )
 
 
