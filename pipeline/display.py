@@ -11,14 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pipeline.dataflow import Places
 from pipeline.profile import SIDES
 from pipeline.rehearse import Rehearsal
 from pipeline.run import Job, Outcome
+from pipeline.terminal import printable
 from student.labels import is_audioset
 from transforms.progress import Progress, read_progress
 from transforms.write import CLIPS_FOLDER
@@ -26,6 +27,11 @@ from transforms.write import CLIPS_FOLDER
 _LOG_EVERY_S = 10.0  # where the output is no terminal
 _REFRESH_S = 0.5
 _TOP_TAGS = 10
+
+
+def escape(text: str) -> str:
+    """A name as text: neither rich nor the terminal takes anything in it for an instruction."""
+    return markup.escape(printable(text))
 
 
 def show_job(job: Job, console: Console) -> None:
@@ -99,12 +105,15 @@ def show_submitted(job: Job, console: Console) -> None:
         if template
         else "Submitted. When the job is done, the same command sums it up."
     )
-    console.print(said, highlight=False, soft_wrap=True, markup=False)
+    console.print(printable(said), highlight=False, soft_wrap=True, markup=False)
 
 
 def watch_job(job: Job, places: Places, console: Console) -> Callable[[str, dict[str, int]], None]:
     """Says where a Dataflow job is seen; gives what prints a line whenever something has changed."""
-    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+
+    def say(line: str) -> None:
+        console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
+
     say(f"Job {places.job_id}: {places.console}")
     say(f"Cancel it with: {places.cancel}")
     started = time.monotonic()
@@ -189,7 +198,10 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
     for reason, count in total.failures.most_common():
         stage, _, kind = reason.partition("/")
         console.print(
-            f"  {count:,} failed to {stage}: {kind}", style="red", highlight=False, soft_wrap=True
+            f"  {count:,} failed to {escape(stage)}: {escape(kind)}",
+            style="red",
+            highlight=False,
+            soft_wrap=True,
         )
     if total.tags:
         table = Table("most frequent tags", "clips", box=None, header_style="bold", pad_edge=False)
@@ -211,7 +223,7 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
         scheme = output.partition("://")[0]
         reach = f"import fsspec; duckdb.register_filesystem(fsspec.filesystem({scheme!r})); "
     command = f"  python -c {json.dumps(f'import duckdb; {reach}duckdb.sql({query!r}).show()')}"
-    console.print(command, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(command), markup=False, highlight=False, soft_wrap=True)
 
 
 def show_profile(profile: dict[str, Any] | None, console: Console) -> None:
