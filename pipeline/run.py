@@ -31,6 +31,7 @@ from apache_beam.options.pipeline_options import (
 
 from pipeline import __version__, dataflow, ledger
 from pipeline.image import ImageUnknown, image_versions
+from pipeline.interrupt import workers_end_with_us
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
 from pipeline.plan import Packer, Planned, Todo, named_inputs, plan_inputs, shards_of
 from pipeline.profile import profile_of
@@ -325,7 +326,11 @@ def execute(
                     return None
                 dataflow.wait(result, job.beam_options, show)
             else:
-                with watch(job, Path(progress)), _causes(job.beam_options):
+                with (
+                    watch(job, Path(progress)),
+                    workers_end_with_us(),
+                    _causes(job.beam_options),
+                ):
                     result = root.run()
                     result.wait_until_finish()
             metrics = metrics_of(result, seen, observed)

@@ -111,6 +111,8 @@ def test_a_folder_is_walked_and_its_files_grouped(tmp_path: Path) -> None:
         "files",
         sum(map(len, files)),
         files=files,
+        file_sizes=tuple(map(len, files)),
+        file_checksums=tuple(written(tmp_path / "set" / file) for file in files),
     )
     assert plan(tmp_path / "set") == Plan([expected], Counter())
 
