@@ -16,7 +16,9 @@ from pipeline.export import export
 from pipeline.options import AnnotateOptions, UsageError, split_beam_options
 from pipeline.query import query
 from pipeline.retag import retag
+from pipeline.retry import retry
 from pipeline.terminal import EXIT_FAILURES, EXIT_INTERRUPTED, errors_said, quiet
+from pipeline.verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -133,6 +135,11 @@ def cli() -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run's files from DIR first.")
 @click.option(
+    "--refresh",
+    is_flag=True,
+    help="Do finished shards anew whose inputs have changed since, each replaced in one step.",
+)
+@click.option(
     "--max-failure-ratio",
     type=click.FloatRange(0, 1),
     default=AnnotateOptions.max_failure_ratio,
@@ -164,12 +171,7 @@ def cli() -> None:
     metavar="S",
     help="A clip that takes longer to decode is an error (TimedOut).",
 )
-@click.option(
-    "--inputs-from",
-    multiple=True,
-    metavar="FILE",
-    help="A file that names one INPUT a line.",
-)
+@flags.inputs_from
 @click.option(
     "--path-column",
     metavar="NAME",
@@ -327,6 +329,8 @@ cli.add_command(evaluate)
 cli.add_command(export)
 cli.add_command(query)
 cli.add_command(retag)
+cli.add_command(retry)
+cli.add_command(verify)
 
 
 def _run(options: AnnotateOptions) -> None:

@@ -11,14 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from pipeline.dataflow import Places
 from pipeline.profile import SIDES
 from pipeline.rehearse import Rehearsal
 from pipeline.run import Job, Outcome
+from pipeline.terminal import printable
 from student.labels import is_audioset
 from transforms.progress import Progress, read_progress
 from transforms.records import ClipError
@@ -27,6 +28,11 @@ from transforms.write import CLIPS_FOLDER
 _LOG_EVERY_S = 10.0  # where the output is no terminal
 _REFRESH_S = 0.5
 _TOP_TAGS = 10
+
+
+def escape(text: str) -> str:
+    """A name as text: neither rich nor the terminal takes anything in it for an instruction."""
+    return markup.escape(printable(text))
 
 
 def show_job(job: Job, console: Console) -> None:
@@ -100,12 +106,15 @@ def show_submitted(job: Job, console: Console) -> None:
         if template
         else "Submitted. When the job is done, the same command sums it up."
     )
-    console.print(said, highlight=False, soft_wrap=True, markup=False)
+    console.print(printable(said), highlight=False, soft_wrap=True, markup=False)
 
 
 def watch_job(job: Job, places: Places, console: Console) -> Callable[[str, dict[str, int]], None]:
     """Says where a Dataflow job is seen; gives what prints a line whenever something has changed."""
-    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+
+    def say(line: str) -> None:
+        console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
+
     say(f"Job {places.job_id}: {places.console}")
     say(f"Cancel it with: {places.cancel}")
     started = time.monotonic()
@@ -192,9 +201,9 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
         stage, _, kind = reason.partition("/")
         in_part = total.partial and ClipError(stage, kind, "").partial
         console.print(
-            f"  {count:,} in part only: {kind}"
+            f"  {count:,} in part only: {escape(kind)}"
             if in_part
-            else f"  {count:,} failed to {stage}: {kind}",
+            else f"  {count:,} failed to {escape(stage)}: {escape(kind)}",
             style="yellow" if in_part else "red",
             highlight=False,
             soft_wrap=True,
@@ -219,7 +228,7 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
         scheme = output.partition("://")[0]
         reach = f"import fsspec; duckdb.register_filesystem(fsspec.filesystem({scheme!r})); "
     command = f"  python -c {json.dumps(f'import duckdb; {reach}duckdb.sql({query!r}).show()')}"
-    console.print(command, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(command), markup=False, highlight=False, soft_wrap=True)
 
 
 def show_profile(profile: dict[str, Any] | None, console: Console) -> None:

@@ -150,6 +150,7 @@ def prepare(options: ExportOptions) -> ExportJob:
         UsageError: OUTPUT, a label or a place cannot be used as asked.
     """
     from pipeline import ledger
+    from pipeline.recorded import recorded_labels, recorded_run
     from transforms.output import open_output
     from transforms.storage import Access
     from transforms.write import CLIPS_FOLDER, RowOptions
@@ -174,8 +175,8 @@ def prepare(options: ExportOptions) -> ExportJob:
         source = open_output(options.source, Access(options.billing_project))
     except (ImportError, ValueError) as error:
         raise UsageError(f"OUTPUT {options.source!r} cannot be used: {error}") from error
-    made = ledger.read_run(source, options.source)
-    labels = ledger.read_labels(source, made)
+    made = recorded_run(source, options.source)
+    labels = recorded_labels(source, made)
     try:
         thresholds = tuple(made["thresholds"][label.name] for label in labels)
         rate = int(made["scoring"]["features"]["sample_rate"])

@@ -21,3 +21,10 @@ thresholds = click.option(
     metavar="FILE",
     help="JSON of label name or mid to the score from which it is a tag, or what earmark evaluate --thresholds wrote.",
 )
+
+inputs_from = click.option(
+    "--inputs-from",
+    multiple=True,
+    metavar="FILE",
+    help="A file that names one INPUT a line.",
+)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import platform
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,8 +30,9 @@ from transforms.decode import RESAMPLE_QUALITY
 from transforms.output import Output, publish_bytes, remove_output
 from transforms.records import Shard, as_text
 from transforms.shards import outdated, source_of
-from transforms.storage import public_name, public_url
-from transforms.write import CLIPS_FOLDER, RUN_FILE, ShardSummary, read_summary
+from transforms.source import what_changed
+from transforms.storage import is_local, public_name, public_url
+from transforms.write import CLIPS_FOLDER, RUN_FILE, Footer, ShardSummary, read_footer
 
 LABELS_FILE = "labels.parquet"
 SUMMARY_FILE = "summary.json"
@@ -100,15 +105,22 @@ def describe_run(
         "scoring": scoring,
         "thresholds": {label.name: t for label, t in zip(checkpoint.labels, thresholds, strict=True)},
         "inputs": [as_text(public_url(pattern)) for pattern in options.inputs],
+        # Where inputs that are relative paths begin, for who reads them once more.
+        "started_in": as_text(str(Path.cwd())) if any(map(is_relative, options.inputs)) else None,
         "options": {
             name: value
             for name, value in asdict(options).items()
-            if name not in ("inputs", "output", "checkpoint", "overwrite")
+            if name not in ("inputs", "output", "checkpoint", "overwrite", "refresh")
             and not name.startswith(("dry_run", "job_file", "detach", "profile"))
         },
         "computed_by": dict(computed_by),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS_OF},
     }  # fmt: skip
+
+
+def is_relative(place: str) -> bool:
+    """Whether a place is a path of this machine that depends on where a command is run."""
+    return is_local(place) and not os.path.isabs(place)
 
 
 def labels_digest(labels: Sequence[Label]) -> str:
@@ -144,7 +156,14 @@ def labels_parquet(labels: Sequence[Label], thresholds: Thresholds) -> bytes:
     return file.getvalue()
 
 
-def claim(output: Output, name: str, run: dict[str, Any], *, only_look: bool = False) -> str:
+def claim(
+    output: Output,
+    name: str,
+    run: dict[str, Any],
+    *,
+    only_look: bool = False,
+    advice: str = "One output holds one making: choose another --output, or start anew with --overwrite",
+) -> str:
     """Makes `output` this run's, or checks that it is of the same making; gives its `run.json`.
 
     Args:
@@ -152,6 +171,7 @@ def claim(output: Output, name: str, run: dict[str, Any], *, only_look: bool = F
         name: what the user calls it.
         run: of `describe_run`.
         only_look: write nothing.
+        advice: what to do where it was made otherwise.
 
     Raises:
         UsageError: the output was made otherwise, or is not earmark's.
@@ -181,8 +201,7 @@ def claim(output: Output, name: str, run: dict[str, Any], *, only_look: bool = F
         ) from error
     if differences:
         raise UsageError(
-            f"--output {name!r} holds rows that were made otherwise: {'; '.join(differences)}. "
-            "One output holds one making: choose another --output, or start anew with --overwrite"
+            f"--output {name!r} holds rows that were made otherwise: {'; '.join(differences)}. {advice}"
         )
     return claimed.decode("utf-8")
 
@@ -198,76 +217,6 @@ def write_labels(output: Output, labels: Sequence[Label], thresholds: Thresholds
     """Publishes `labels.parquet`, unless it is there."""
     if output.read(LABELS_FILE) is None:
         publish_bytes(output, LABELS_FILE, labels_parquet(labels, thresholds))
-
-
-def read_run(output: Output, name: str) -> dict[str, Any]:
-    """An output's `run.json`, with what is needed to make something of its scores.
-
-    Args:
-        output: where it lies.
-        name: what the user calls it.
-
-    Raises:
-        UsageError: it is not there, or no `earmark annotate` wrote it.
-    """
-    try:
-        content = output.read(RUN_FILE)
-    except NotADirectoryError as error:
-        raise UsageError(
-            f"OUTPUT {name!r} is a file; expected the folder that earmark annotate wrote: audio is "
-            "annotated first"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"OUTPUT {name!r} cannot be read: {error.strerror or error}") from error
-    if content is None:
-        raise UsageError(
-            f"OUTPUT {name!r} holds no {RUN_FILE}; give the folder that earmark annotate wrote"
-        )
-    try:
-        made: dict[str, Any] = json.loads(content)
-        scoring = made["scoring"]
-        _ = made["id"], made["fingerprint"], made["options"], made["checkpoint"]["weights_sha256"]
-        _ = scoring["labels"], scoring["thresholds"], scoring["top_k"], scoring["score_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{output.uri}/{RUN_FILE} is damaged or no earmark annotate's ({type(error).__name__}: {error}); "
-            "give the folder that earmark annotate wrote"
-        ) from error
-    return made
-
-
-def read_labels(output: Output, made: dict[str, Any]) -> tuple[Label, ...]:
-    """The labels of an output's scores, which its `run.json` must know.
-
-    Args:
-        output: where it lies.
-        made: of `read_run`.
-
-    Raises:
-        UsageError: `labels.parquet` is not there, damaged, or of another output.
-    """
-    from evaluation.scores import read_table  # here: annotate has no use for it
-
-    place = f"{output.uri}/{LABELS_FILE}"
-    content = output.read(LABELS_FILE)
-    if content is None:
-        raise UsageError(
-            f"{place} is not there, so what the scores mean is not known; the same earmark annotate "
-            "again writes it"
-        )
-    try:
-        rows = read_table(io.BytesIO(content), ["index", "mid", "name"]).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UsageError(
-            f"{place} is damaged ({error}): remove it, and the same earmark annotate again writes it"
-        ) from error
-    labels = tuple(Label(row["index"], row["mid"] or "", row["name"]) for row in rows)
-    if labels_digest(labels) != made["scoring"]["labels"]:
-        raise UsageError(
-            f"{place} has other labels than the run.json beside it: they are of two outputs; take "
-            "the folder as earmark annotate wrote it"
-        )
-    return labels
 
 
 def finished_shards(output: Output) -> set[str]:
@@ -342,16 +291,12 @@ def sum_up(
         total.add(summary)
         if shard_id not in finished_before:
             now.add(summary)
-    failures: dict[str, dict[str, int]] = {}
-    for reason, count in total.failures.most_common():
-        stage, _, kind = reason.partition("/")
-        failures.setdefault(stage, {})[kind] = count
     content = {
         "clips": total.clips,
         "tagged": total.clips - total.failed,
         "failed": total.failed,
         "partial": total.partial,
-        "failures": failures,
+        "failures": _by_stage(total.failures),
         "audio_s": round(total.audio_s, 3),
         "wall_s": round(wall_s, 3),
         "clips_per_s": round(now.clips / wall_s, 3) if now.clips else 0.0,
@@ -370,19 +315,75 @@ def sum_up(
 def _says(output: Output, total: ShardSummary) -> bool:
     """Whether `summary.json` has these totals already."""
     try:
-        stated = json.loads(output.read(SUMMARY_FILE) or b"{}")
-        return (stated["clips"], stated["failed"]) == (total.clips, total.failed)
-    except (ValueError, KeyError, TypeError):
+        return not differing_totals(json.loads(output.read(SUMMARY_FILE) or b"{}"), total)
+    except ValueError:
         return False
 
 
-def _summaries(output: Output, shards: list[str]) -> Iterator[tuple[ShardSummary, str]]:
-    names = [f"{CLIPS_FOLDER}/{shard_id}.parquet" for shard_id in shards]
+def differing_totals(stated: Any, total: ShardSummary) -> list[str]:
+    """What of a `summary.json` is not the sum of the output's files, in words."""
+    if not isinstance(stated, dict):
+        return ["it holds no JSON object"]
+    facts = {
+        "clips": total.clips,
+        "tagged": total.clips - total.failed,
+        "failed": total.failed,
+        "failures": _by_stage(total.failures),
+        "audio_s": round(total.audio_s, 3),
+        "tags": dict(total.tags),
+    }
+    return [
+        f"{name} is {_shown(stated.get(name))}, the files add up to {_shown(value)}"
+        if name not in ("failures", "tags")
+        else f"{name} differ from those of the files"
+        for name, value in facts.items()
+        if stated.get(name) != value
+    ]
+
+
+def _by_stage(failures: Counter[str]) -> dict[str, dict[str, int]]:
+    staged: dict[str, dict[str, int]] = {}
+    for reason, count in failures.most_common():
+        stage, _, kind = reason.partition("/")
+        staged.setdefault(stage, {})[kind] = count
+    return staged
+
+
+def footers(output: Output, shards: Iterable[str]) -> Iterator[tuple[str, Footer | ValueError]]:
+    """(shard id, footer) of finished shards, in order; an error in place of one that is damaged."""
+
+    def one(shard_id: str) -> tuple[str, Footer | ValueError]:
+        try:
+            return shard_id, read_footer(output, f"{CLIPS_FOLDER}/{shard_id}.parquet")
+        except ValueError as error:
+            return shard_id, error
+
+    left = iter(shards)
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-        for start in range(0, len(names), 1_024):  # so that no more wait in memory
-            yield from pool.map(
-                lambda name: read_summary(output, name), names[start : start + 1_024]
-            )
+        while some := list(islice(left, 1_024)):  # so that no more wait in memory
+            yield from pool.map(one, some)
+
+
+def changed_shards(output: Output, finished: Iterable[Shard]) -> Iterator[tuple[Shard, str]]:
+    """(shard, how) of the finished shards whose source is another by now, as listings show.
+
+    A file that is damaged, or does not say what its source was, is passed over.
+    """
+    left = iter(finished)
+    while some := list(islice(left, 1_024)):
+        found = footers(output, (shard.id for shard in some))
+        for shard, (_, footer) in zip(some, found, strict=True):
+            if isinstance(footer, Footer) and footer.source is not None:
+                how = what_changed(footer.source, shard)
+                if how is not None:
+                    yield shard, how
+
+
+def _summaries(output: Output, shards: list[str]) -> Iterator[tuple[ShardSummary, str]]:
+    for _, footer in footers(output, shards):
+        if isinstance(footer, ValueError):
+            raise footer
+        yield footer.summary, footer.fingerprint
 
 
 def _shown(value: Any) -> str:

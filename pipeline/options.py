@@ -48,6 +48,7 @@ class AnnotateOptions:
     limit: int | None = None
     files_per_shard: int = 256
     overwrite: bool = False
+    refresh: bool = False
     max_failure_ratio: float = 0.5
     max_clip_mb: float = 4_096.0  # as `transforms.decode.Limits` has them; a test compares
     max_duration_s: float = 86_400.0

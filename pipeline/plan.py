@@ -10,7 +10,7 @@ from pipeline.options import AnnotateOptions, UsageError
 from transforms.manifest import ManifestOptions
 from transforms.meter import Meter
 from transforms.records import WHOLE_FILES, Shard
-from transforms.shards import find_shards, limit_shards, pack_shards, unpack_shards
+from transforms.shards import PACKED_SHARDS, find_shards, limit_shards, pack_shards, unpack_shards
 from transforms.storage import Access, read_all
 
 
@@ -28,6 +28,30 @@ class Todo:
             yield from unpack_shards(packet)
 
 
+class Packer:
+    """Makes a `Todo` of shards that come one by one."""
+
+    def __init__(self) -> None:
+        self._packed, self._waiting = Todo(), list[Shard]()
+
+    def add(self, shard: Shard) -> None:
+        """Adds one shard."""
+        self._waiting.append(shard)
+        self._packed.shards += 1
+        self._packed.size_bytes += shard.size_bytes
+        if len(self._waiting) == PACKED_SHARDS:
+            self._pack()
+
+    def todo(self) -> Todo:
+        """All that were added."""
+        self._pack()
+        return self._packed
+
+    def _pack(self) -> None:
+        self._packed.packets.extend(pack_shards(self._waiting))
+        self._waiting = []
+
+
 @dataclass
 class Planned:
     """What going through the inputs once has shown."""
@@ -35,6 +59,7 @@ class Planned:
     todo: Todo = field(default_factory=Todo)
     size_bytes: int = 0
     skipped: int = 0
+    kept: Todo = field(default_factory=Todo)  # the skipped ones, which an earlier run finished
     ignored: Counter[str] = field(default_factory=Counter)
     divided: set[str] = field(default_factory=set)  # ids of shards that are parts of something
     notes: list[str] = field(default_factory=list)  # how manifests are read
@@ -46,10 +71,21 @@ def plan_inputs(
     access: Access,
     finished: set[str],
     meter: Meter,
+    only: set[str] | None = None,
 ) -> Planned:
-    """Goes through the shards once; only packed ones stay in memory."""
+    """Goes through the shards once; only packed ones stay in memory.
+
+    Args:
+        inputs: of `named_inputs`.
+        options: of the command line.
+        access: how remote storage is used.
+        finished: ids of shards that are left out of what is to do.
+        meter: counts `list_retries`.
+        only: ids of the shards that are not left out, whatever else there is.
+    """
     planned = Planned()
     clips = 0
+    kept = Packer()
 
     def unfinished() -> Iterator[Shard]:
         nonlocal clips
@@ -57,8 +93,10 @@ def plan_inputs(
             planned.size_bytes += shard.size_bytes
             if shard.kind not in WHOLE_FILES:
                 planned.divided.add(shard.id)
+            if only is not None and shard.id not in only:
+                continue
             if shard.id in finished:
-                planned.skipped += 1
+                kept.add(shard)
                 continue
             planned.todo.shards += 1
             planned.todo.size_bytes += shard.size_bytes
@@ -66,6 +104,8 @@ def plan_inputs(
             yield shard
 
     planned.todo.packets.extend(pack_shards(unfinished()))
+    planned.kept = kept.todo()
+    planned.skipped = planned.kept.shards
     if options.limit is not None:
         planned.todo.max_clips = clips
     return planned

@@ -20,7 +20,7 @@ import click
 
 from pipeline import __version__, flags
 from pipeline.options import UsageError
-from pipeline.terminal import errors_said
+from pipeline.terminal import errors_said, printable
 
 if TYPE_CHECKING:  # heavy to import, and only types here
     from pipeline.thresholds import Thresholds
@@ -74,7 +74,7 @@ def retag(output: str, new: str, verbose: bool, **options: Any) -> None:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         job = prepare(RetagOptions(output, new, **options))
         for note in job.notes:
-            console.print(note, style="yellow", markup=False)
+            console.print(printable(note), style="yellow", markup=False)
 
         def shown(shards: Iterable[Any]) -> Iterable[Any]:
             return track(
@@ -97,7 +97,7 @@ def retag(output: str, new: str, verbose: bool, **options: Any) -> None:
                 f"{outcome.after.clips:,} clips, {outcome.after.failed:,} of them failed: "
                 f"{outcome.before.tags.total():,} tags before, {outcome.after.tags.total():,} now."
             )
-        click.echo(f"The output {new} holds {outcome.total.clips:,} clips.")
+        click.echo(printable(f"The output {new} holds {outcome.total.clips:,} clips."))
         if outcome.refused:
             raise UsageError(
                 f"{len(outcome.refused):,} of {len(job.todo):,} shards could not be retagged and are "
@@ -155,6 +155,7 @@ def prepare(options: RetagOptions) -> RetagJob:
         UsageError: the source, the thresholds or the output cannot be used as asked.
     """
     from pipeline import ledger
+    from pipeline.recorded import recorded_labels, recorded_run
     from pipeline.thresholds import asked_thresholds
     from transforms.output import LocalOutput, open_output, remove_abandoned
     from transforms.storage import CLOUD_STORAGE, Access
@@ -181,8 +182,8 @@ def prepare(options: RetagOptions) -> RetagJob:
             "reader would find old and new ones in one table; give a new folder"
         )
 
-    made = ledger.read_run(source, options.source)
-    labels = ledger.read_labels(source, made)
+    made = recorded_run(source, options.source)
+    labels = recorded_labels(source, made)
     asked = asked_thresholds(
         options.threshold,
         options.thresholds,

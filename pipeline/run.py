@@ -31,8 +31,9 @@ from apache_beam.options.pipeline_options import (
 from pipeline import __version__, dataflow, ledger
 from pipeline.devices import CLUSTERS, choose_workers_here, computed_by
 from pipeline.image import ImageUnknown, image_versions
+from pipeline.interrupt import workers_end_with_us
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
-from pipeline.plan import Todo, named_inputs, plan_inputs, shards_of
+from pipeline.plan import Packer, Planned, Todo, named_inputs, plan_inputs, shards_of
 from pipeline.profile import profile_of
 from pipeline.thresholds import Thresholds, asked_thresholds
 from student import BUNDLED
@@ -44,14 +45,27 @@ from transforms.chunk import hop_samples_of
 from transforms.decode import Limits
 from transforms.meter import NAMESPACE, Meter
 from transforms.output import LocalOutput, Output, open_output, remove_abandoned
-from transforms.records import Shard
+from transforms.records import Shard, as_text
+from transforms.retry import Retry
 from transforms.shards import InputError, unpack_shards
 from transforms.storage import CLOUD_STORAGE, Access, is_local
 from transforms.write import CLIPS_FOLDER, RowOptions, ShardSummary
 
 logger = logging.getLogger(__name__)
 
+_LOOKED_AT = 4_096  # finished shards whose source is compared unasked
+_CHANGED_TOLD = 5  # of those that differ
+_RETRY_ADVICE = "Failed rows are done once more as the others were made: name the same checkpoint with --checkpoint"
 _JOB_SERVER_TIMEOUT_S = 60  # Beam's own 5 minutes are long for a mistyped address
+
+
+@dataclass(frozen=True)
+class Redo:
+    """What `earmark retry` asks of a run: nothing but failed rows of some finished shards."""
+
+    retry: Retry
+    shards: set[str]  # ids of those that have such rows
+    thresholds: Thresholds
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,7 @@ class Job:
     settings: list[dataflow.Setting]  # what a Dataflow job is set to; else empty
     notes: list[str]  # what could not be checked, or is odd
     todo: Todo
+    replaced: set[str]  # ids of finished shards among them, whose source has changed
     size_bytes: int  # of all inputs
     ignored: Counter[str]  # files that are no audio, by suffix
     finished: set[str]  # ids of shards that have a file
@@ -75,6 +90,7 @@ class Job:
     meter: Meter  # what this machine counts, beside the workers
     run: str  # what run.json says
     divided: set[str]  # ids of the shards that are parts of a folder or a Parquet file
+    redo: Redo | None
     planned_again: Callable[[], Iterator[Shard]]
 
     @property
@@ -103,6 +119,7 @@ class Outcome:
     audio_s: float  # of this run alone
     wall_s: float
     profile: dict[str, Any] | None  # of `pipeline.profile`; None where nothing was done or told
+    not_retried: int = 0  # shards that `earmark retry` left as they are
 
     @property
     def failure_ratio(self) -> float:
@@ -126,11 +143,15 @@ def _unpack(_: bytes, packets: list[bytes]) -> Iterator[Shard]:
         yield from unpack_shards(packet)
 
 
-def prepare(options: AnnotateOptions) -> Job:
+def prepare(options: AnnotateOptions, redo: Redo | None = None) -> Job:
     """Checks everything that can be checked before work begins, and plans it.
 
     Writes `run.json` and `labels.parquet` when the output is new, unless this is a
     dry run.
+
+    Args:
+        options: of the command line, or of an output that is there.
+        redo: do failed rows of that output once more, and nothing else.
 
     Raises:
         UsageError: an option, an input, the checkpoint, the device or the output
@@ -160,8 +181,11 @@ def prepare(options: AnnotateOptions) -> Job:
         if not remote and workers.dtype in ("reduced", "int8"):
             settled = settle_dtype(workers.dtype, torch.device(workers.device), checkpoint)
             workers = replace(workers, dtype=str(settled).removeprefix("torch."))
-        thresholds, said = _thresholds(options, checkpoint, access)
         _check_hop(options, checkpoint)
+        if redo is None:
+            thresholds, said = _thresholds(options, checkpoint, access)
+        else:
+            thresholds, said = redo.thresholds, []
     except (CheckpointError, DeviceError) as error:
         raise UsageError(str(error)) from error
     try:
@@ -175,6 +199,7 @@ def prepare(options: AnnotateOptions) -> Job:
         made_on = computed_by(workers, options.dtype, checkpoint.hidden_size)
     run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype, made_on)
     inputs = named_inputs(options, access)
+    advice = {} if redo is None else {"advice": _RETRY_ADVICE}
     if remote:
         _refuse_local_inputs((*inputs, *filter(None, [options.audio_root])))
 
@@ -189,13 +214,19 @@ def prepare(options: AnnotateOptions) -> Job:
             # Planned before the old output goes: a misspelt input should not cost it.
             finished: set[str] = set()
         else:
-            ledger.claim(output, options.output, run, only_look=True)
+            ledger.claim(output, options.output, run, only_look=True, **advice)
             finished = ledger.finished_shards(output)
-        planned = plan_inputs(inputs, options, access, finished, meter)
+        if redo is not None:
+            planned = plan_inputs(inputs, options, access, set(), meter, redo.shards)
+        else:
+            planned = plan_inputs(inputs, options, access, finished, meter)
         meter.observe("list_usec", 1e6 * (time.monotonic() - listing_since))
-        ledger.refuse_other_divisions(output, planned_again, planned.divided, finished)
+        if redo is None:
+            ledger.refuse_other_divisions(output, planned_again, planned.divided, finished)
+        todo, replaced, changed = _with_changed(planned, options, output)
+        notes += changed
         # A process without a shard would load a student for nothing.
-        workers = replace(workers, processes=max(1, min(workers.processes, planned.todo.shards)))
+        workers = replace(workers, processes=max(1, min(workers.processes, todo.shards)))
         if workers.processes > 1:
             beam_options = _with_processes(options, workers.processes)
         if remote and beam_options.view_as(GoogleCloudOptions).template_location is None:
@@ -206,7 +237,7 @@ def prepare(options: AnnotateOptions) -> Job:
         claimed = json.dumps(run)
         if not options.dry_run:
             # Only now: an input that cannot be used leaves no trace.
-            claimed = ledger.claim(output, options.output, run)
+            claimed = ledger.claim(output, options.output, run, **advice)
             ledger.write_labels(output, checkpoint.labels, thresholds)
     except InputError as error:
         raise UsageError(str(error)) from error
@@ -214,9 +245,53 @@ def prepare(options: AnnotateOptions) -> Job:
         reason = error.strerror or error
         raise UsageError(f"--output {options.output!r} cannot be written: {reason}") from error
     return Job(
-        options, beam_options, checkpoint, thresholds, workers, settings, [*notes, *planned.notes], planned.todo,
-        planned.size_bytes, planned.ignored, finished, planned.skipped, output, access, meter, claimed, planned.divided, planned_again,
+        options, beam_options, checkpoint, thresholds, workers, settings, [*notes, *planned.notes], todo, replaced,
+        planned.size_bytes, planned.ignored, finished, planned.skipped - len(replaced), output, access, meter, claimed,
+        planned.divided, redo, planned_again,
     )  # fmt: skip
+
+
+def _with_changed(
+    planned: Planned, options: AnnotateOptions, output: Output
+) -> tuple[Todo, set[str], list[str]]:
+    """(what there is to do, ids of finished shards among it, what is to be said of those that changed).
+
+    A shard's file says what its source was, and reading that is a request or two each: no more
+    of them are read unasked than `_LOOKED_AT`.
+    """
+    if not planned.skipped:
+        return planned.todo, set(), []
+    if planned.skipped > _LOOKED_AT and not options.refresh:
+        return planned.todo, set(), [
+            f"{planned.skipped:,} shards were finished earlier: whether their inputs have changed since is "
+            f"looked at for up to {_LOOKED_AT:,}, and for more with --refresh"
+        ]  # fmt: skip
+    changed, told = Packer(), []
+    for shard, how in ledger.changed_shards(output, planned.kept):
+        changed.add(shard)
+        if len(told) < _CHANGED_TOLD:
+            told.append(f"{as_text(shard.uri)} ({how})")
+    kept = changed.todo()
+    if not kept.shards:
+        return planned.todo, set(), []
+    more = f", and {kept.shards - len(told):,} more" * (kept.shards > len(told))
+    one = kept.shards == 1
+    said = (
+        f"{kept.shards:,} finished shard{'' if one else 's'} changed since: {', '.join(told)}{more}"
+    )
+    if not options.refresh:
+        return planned.todo, set(), [
+            f"{said}. Their rows are of what was there; --refresh does {'it' if one else 'them'} anew"
+        ]  # fmt: skip
+    todo = replace(
+        planned.todo,
+        packets=[*planned.todo.packets, *kept.packets],
+        shards=planned.todo.shards + kept.shards,
+        size_bytes=planned.todo.size_bytes + kept.size_bytes,
+    )
+    if planned.todo.max_clips is not None:
+        todo.max_clips = planned.todo.max_clips + sum(shard.max_clips or 0 for shard in kept)
+    return todo, {shard.id for shard in kept}, [f"{said}. They are done anew"]
 
 
 def execute(
@@ -255,7 +330,11 @@ def execute(
                     return None
                 dataflow.wait(result, job.beam_options, show)
             else:
-                with watch(job, Path(progress)), _causes(job.beam_options):
+                with (
+                    watch(job, Path(progress)),
+                    workers_end_with_us(),
+                    _causes(job.beam_options),
+                ):
                     result = root.run()
                     result.wait_until_finish()
             metrics = metrics_of(result, seen, observed)
@@ -264,7 +343,9 @@ def execute(
     if isinstance(job.output, LocalOutput):
         _remove_abandoned(job.output)
     published = ledger.finished_shards(job.output)
-    total, now = ledger.sum_up(job.output, published, job.finished, wall_s, metrics, profile)
+    # How fast failed rows are done again says nothing about a student's speed.
+    before = published if job.redo is not None else job.finished - job.replaced
+    total, now = ledger.sum_up(job.output, published, before, wall_s, metrics, profile)
     missing = sum(shard.id not in published for shard in job.todo)
     if missing:
         raise dataflow.JobFailed(
@@ -272,8 +353,10 @@ def execute(
             f"{job.output.uri}; run the same command again to make them"
         )
     # Another run may have divided the same folder otherwise in the meantime.
-    ledger.refuse_other_divisions(job.output, job.planned_again, job.divided, published)
-    return Outcome(total, job.todo.shards, now.clips, now.audio_s, wall_s, profile)
+    if job.redo is None:
+        ledger.refuse_other_divisions(job.output, job.planned_again, job.divided, published)
+    refused = int(metrics.get("shards_not_retried", 0))
+    return Outcome(total, job.todo.shards, now.clips, now.audio_s, wall_s, profile, refused)
 
 
 @contextmanager
@@ -527,6 +610,8 @@ def annotation_of(job: Job, progress_folder: str | None) -> Annotation:
         versions=(("earmark-audio", __version__), ("apache-beam", beam.__version__)),
         access=job.access,
         progress_folder=progress_folder,
+        refresh=job.options.refresh,
+        retry=None if job.redo is None else job.redo.retry,
     )
 
 

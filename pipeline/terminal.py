@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,24 @@ from pipeline.options import UsageError
 EXIT_FAILURES = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey, and what hides or turns text, written as `\\xNN`.
+
+    Names of clips and files are anybody's: an escape sequence in one must not reach a terminal.
+    Line ends stay.
+    """
+    return "".join(
+        character
+        if character == "\n" or unicodedata.category(character) not in _UNPRINTABLE
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+# Control and format characters, lone surrogates, line and paragraph separators.
+_UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 
 
 @contextlib.contextmanager
@@ -30,24 +49,24 @@ def errors_said(
     try:
         yield
     except UsageError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(printable(f"Error: {error}"), err=True)
         sys.exit(EXIT_USAGE)
     except (KeyboardInterrupt, Exception) as error:
         kept = kept if isinstance(kept, str) else kept()
         if _was_interrupted(error):
             # What was interrupted while it waited for a job elsewhere says so itself.
             said = str(error) if str(error).startswith("Stopped") else f"Stopped. {kept}."
-            click.echo(said, err=True)
+            click.echo(printable(said), err=True)
             sys.exit(EXIT_INTERRUPTED)
         if verbose:
             raise
         if type(error).__name__ in ("JobRefused", "JobFailed"):
-            click.echo(f"Error: {error}", err=True)
+            click.echo(printable(f"Error: {error}"), err=True)
             sys.exit(EXIT_FAILURES)
         first = (str(error).strip().splitlines() or [""])[0]
         click.echo(
-            f"Error: the run stopped: {type(error).__name__}: {first}\n"
-            f"{kept}, with --verbose to see more.",
+            printable(f"Error: the run stopped: {type(error).__name__}: {first}\n")
+            + f"{kept}, with --verbose to see more.",
             err=True,
         )
         sys.exit(EXIT_FAILURES)
@@ -62,9 +81,17 @@ def _was_interrupted(error: BaseException | None) -> bool:
     return False
 
 
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def quiet(verbose: bool) -> None:
     """Leaves the terminal to what earmark says, unless `verbose`."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:  # the terminal, not a test's or a service's
+            handler.setFormatter(_Printable(logging.BASIC_FORMAT))
     if not verbose:
         # Beam logs the traceback of what `errors_said` says in a sentence.
         logging.getLogger("apache_beam").setLevel(logging.CRITICAL + 1)

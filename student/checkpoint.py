@@ -30,6 +30,9 @@ THRESHOLDS_FORMAT = "earmark.thresholds/1"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _CONFIG_FILES = ("config.json", "preprocessor_config.json")
+# With these, and `trust_remote_code`, transformers would import files of the checkpoint, or
+# take weights from a file of another name.
+_CODE_ENTRIES = {"auto_map", "custom_pipelines", "transformers_weights"}
 _HUB_FILES = ["*.json", "*.safetensors", "README.md"]
 
 # What a copy of a checkpoint has to hold.
@@ -86,6 +89,7 @@ def read_checkpoint(checkpoint: str) -> Checkpoint:
             f"earmark runs {MODEL_TYPE!r} (ASTForAudioClassification)"
         )
     preprocessor = read_json(directory / "preprocessor_config.json")
+    _refuse_code(directory, config, preprocessor)
     try:
         features = FeatureSpec.from_preprocessor_config(preprocessor)
         stated = config.get("id2label")
@@ -173,6 +177,26 @@ def find_checkpoint(checkpoint: str) -> Path:
             f"reached: connect to the network once, or give a local directory (`hf download {repo_id} "
             f"--local-dir DIR` elsewhere, then --checkpoint DIR), or use --checkpoint {BUNDLED}"
         ) from error
+
+
+def _refuse_code(
+    directory: Path, config: Mapping[str, Any], preprocessor: Mapping[str, Any]
+) -> None:
+    """Refuses a checkpoint that brings code of its own, which earmark would not run.
+
+    Its scores, without that code, would not be what its makers mean.
+    """
+    for name, entries in zip(_CONFIG_FILES, (config, preprocessor), strict=True):
+        for entry in _CODE_ENTRIES & entries.keys():
+            raise CheckpointError(
+                f"{directory / name} has an entry {entry!r}: the checkpoint brings code of its own, and "
+                "earmark runs none; where the plain model will do, remove the entry"
+            )
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{directory} holds an adapter (adapter_config.json): merge it into the weights first "
+            "(peft's merge_and_unload, then save_pretrained)"
+        )
 
 
 def _weight_files(directory: Path) -> list[Path]:

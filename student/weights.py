@@ -51,9 +51,8 @@ _RENAMED = {
     "output.dense": "mlp.fc2",
 }
 _FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-# Entries of config.json and files with which transformers does more than to load an AST.
-_UNUSUAL_ENTRIES = {"quantization_config", "transformers_weights", "head_dim"}
-_UNUSUAL_FILE = "adapter_config.json"
+# Entries of config.json with which transformers does more than to load an AST.
+_UNUSUAL_ENTRIES = {"quantization_config", "head_dim"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def read_network(checkpoint: Checkpoint) -> Network | None:
     """
     directory = checkpoint.directory
     config = _usual_config(read_json(directory / "config.json"))
-    if config is None or (directory / _UNUSUAL_FILE).exists():
+    if config is None:
         return None
     tensors = _read_tensors(directory)
     if tensors is None:

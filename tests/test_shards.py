@@ -55,6 +55,10 @@ def write_parquet_without_audio(file: Path) -> Path:
     return file
 
 
+def written(file: Path) -> str:
+    return f"mtime:{round(file.stat().st_mtime * 1e6)}"
+
+
 def hashed(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())[:12]
 
@@ -72,7 +76,9 @@ def files_of(planned: Iterable[Shard]) -> list[tuple[str, ...]]:
 
 def test_a_tar_is_a_shard(tmp_path: Path, make_tar: MakeTar) -> None:
     tar = make_tar(tmp_path / "clips.tar", [("a.wav", b"1")])
-    expected = Shard(f"clips-{hashed(str(tar))}", str(tar), "tar", tar.stat().st_size)
+    expected = Shard(
+        f"clips-{hashed(str(tar))}", str(tar), "tar", tar.stat().st_size, checksum=written(tar)
+    )
     assert plan(tar) == Plan([expected], Counter())
 
 
@@ -85,7 +91,13 @@ def test_tars_are_known_by_their_suffix(tmp_path: Path, name: str) -> None:
 
 def test_a_parquet_file_with_audio_is_a_shard(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "train-00000.parquet", 3)
-    expected = Shard(f"train-00000-{hashed(str(file))}", str(file), "parquet", file.stat().st_size)
+    expected = Shard(
+        f"train-00000-{hashed(str(file))}",
+        str(file),
+        "parquet",
+        file.stat().st_size,
+        checksum=written(file),
+    )
     assert plan(file) == Plan([expected], Counter())
 
 
@@ -99,6 +111,8 @@ def test_a_folder_is_walked_and_its_files_grouped(tmp_path: Path) -> None:
         "files",
         sum(map(len, files)),
         files=files,
+        file_sizes=tuple(map(len, files)),
+        file_checksums=tuple(written(tmp_path / "set" / file) for file in files),
     )
     assert plan(tmp_path / "set") == Plan([expected], Counter())
 
@@ -419,6 +433,7 @@ def test_a_large_parquet_file_is_split_by_row_groups(
             (),
             (first, end),
             file_sizes=(file.stat().st_size,),
+            checksum=written(file),
         )
         for first, end, size in [
             (0, 2, sizes[0] + sizes[1]),

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -662,9 +663,6 @@ def test_what_may_mean_more_is_left_to_transformers(uneven: Path, noise: Noise) 
 
     expected = Student.load(str(uneven), device="cpu").score([noise(CHUNK)])
     assert is_read_here()
-    (uneven / "adapter_config.json").write_text("{}")
-    assert not is_read_here()
-    (uneven / "adapter_config.json").unlink()
     rewrite(uneven, lambda tensors: tensors.update(extra=torch.zeros(3)))
     assert not is_read_here()
     rewrite(uneven, lambda tensors: tensors.pop("extra"))
@@ -1008,3 +1006,67 @@ def test_devices_are_the_cpu_where_there_is_no_gpu() -> None:
     assert devices_of("auto") == ["cpu"]
     with pytest.raises(DeviceError):
         devices_of("cuda")
+
+
+class Touches:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.safetensors", "model-00001-of-00001.safetensors", "both"]
+)
+def test_no_pickle_of_a_checkpoint_is_opened(copy: Path, tmp_path: Path, name: str) -> None:
+    trap = tmp_path / "unpickled"
+    content = pickle.dumps(Touches(trap))
+    pickle.loads(content)
+    assert trap.exists()  # it would
+    trap.unlink()
+    if name != "both":
+        (copy / "model.safetensors").unlink()
+    (copy / ("pytorch_model.bin" if name == "both" else name)).write_bytes(content)
+    if name == "both":
+        Student.load(str(copy), device="cpu")
+    else:
+        with pytest.raises(CheckpointError):
+            Student.load(str(copy), device="cpu")
+    assert not trap.exists()
+
+
+def test_a_zipped_pickle_under_the_name_of_safe_weights_is_not_opened(
+    copy: Path, tmp_path: Path
+) -> None:
+    trap = tmp_path / "unpickled"
+    torch.save({"w": Touches(trap)}, copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        Student.load(str(copy), device="cpu")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("entry", ["auto_map", "transformers_weights", "custom_pipelines"])
+def test_a_checkpoint_with_code_of_its_own_is_refused(
+    copy: Path, tmp_path: Path, file: str, entry: str
+) -> None:
+    trap = tmp_path / "imported"
+    (copy / "modeling.py").write_text(f"open({str(trap)!r}, 'w')\nclass Model: pass\n")
+    content = json.loads((copy / file).read_text())
+    value = {"AutoModelForAudioClassification": "modeling.Model", "AutoConfig": "modeling.Model"}
+    (copy / file).write_text(json.dumps(content | {entry: value}))
+    with pytest.raises(CheckpointError, match=f"{entry}.*earmark runs none"):
+        Student.load(str(copy), device="cpu")
+    assert not trap.exists()
+
+
+def test_an_adapter_is_refused(copy: Path, tmp_path: Path) -> None:
+    trap = tmp_path / "unpickled"
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (copy / "adapter_model.bin").write_bytes(pickle.dumps(Touches(trap)))
+    with pytest.raises(CheckpointError, match="merge it into the weights"):
+        Student.load(str(copy), device="cpu")
+    assert not trap.exists()

@@ -284,7 +284,10 @@ class DistillationTrainer(Trainer):
         # transformers stores AST's layers by other names than they have in memory, and its
         # Trainer takes the file as it is: the layers would stay as the teacher has them.
         stored = ASTForAudioClassification.from_pretrained(
-            resume_from_checkpoint, dtype=torch.float32, local_files_only=True
+            resume_from_checkpoint,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,  # and so no pickle
         )
         put_weights(self.student.model, dict(stored.named_parameters()))
 

@@ -39,10 +39,12 @@ from transforms.records import (
     ScoredClip,
     Shard,
     UnreadableClip,
+    clip_id_of,
     name_of,
-    unique,
 )
+from transforms.retry import Mending, Retry, RetryError
 from transforms.score import Pool, score_clips
+from transforms.source import describe_source, what_changed
 from transforms.storage import DEFAULT_ACCESS, Access, public_url
 from transforms.write import (
     CLIPS_FOLDER,
@@ -51,6 +53,7 @@ from transforms.write import (
     check_claim,
     clip_row,
     clips_schema,
+    read_footer,
     read_summary,
     write_rows,
 )
@@ -84,6 +87,8 @@ class Annotation:
     worker_processes: int = 1  # of one machine, each of which takes a device of its own
     decode_processes: int = 0  # of each worker thread; 0: it decodes in a thread beside it
     limits: Limits = DEFAULT_LIMITS  # of one clip
+    refresh: bool = False  # shards whose source is another by now take the place of their file
+    retry: Retry | None = None  # only rows that failed are done, in files that are there
 
 
 class AnnotateShards(beam.PTransform):
@@ -141,7 +146,8 @@ class _AnnotateShard(beam.DoFn):
 
     def process(self, shard: Shard) -> Iterator[ShardSummary]:
         """Annotates one shard."""
-        yield annotate_shard(
+        work = annotate_shard if self._annotation.retry is None else retry_shard
+        yield work(
             shard,
             self._student,
             self._annotation,
@@ -325,29 +331,21 @@ def annotate_shard(
             is published.
     """
     name = f"{CLIPS_FOLDER}/{shard.id}.parquet"
-    if output.exists(name):
-        # A runner repeats a whole bundle of shards for one that failed.
-        meter.add("shards_published_by_another")
-        return read_summary(output, name)[0]
+    source = describe_source(shard)
+    replaces = output.version(name) if annotation.refresh else None
+    if replaces is not None or output.exists(name):
+        footer = read_footer(output, name)
+        changed = footer.source is not None and what_changed(footer.source, shard)
+        if replaces is None or not changed:
+            # A runner repeats a whole bundle of shards for one that failed.
+            meter.add("shards_published_by_another")
+            return footer.summary
     # Where a clip takes the whole process down, this line is what names its shard.
     logger.info("begins %s", public_url(shard.uri))
     watches = _Watches()
     options = annotation.rows
     clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
-    ahead = _BATCHES_AHEAD * student.max_batch
-    decoding = _decoded(
-        clips, student.features, annotation.limits, annotation.hop_samples, watches, pool
-    )
-    decoded = read_ahead(decoding, ahead, meter)
-    scored = score_clips(
-        watches.audio.making(decoded),
-        student,
-        annotation.pool,
-        keep_chunks=options.chunks or options.segments,
-        keep_embeddings=options.embeddings,
-        meter=meter,
-    )
-    scored = watches.scoring.making(scored)
+    scored = _scored(clips, student, annotation, watches, pool, meter)
     writing_since = time.perf_counter()
     summary, size_bytes = write_rows(
         _rows(_counted(scored, progress, meter, report), shard, student, options),
@@ -356,17 +354,95 @@ def annotate_shard(
         name,
         annotation.run,
         before_publishing=lambda: check_claim(output, annotation.run),
+        source=source,
+        replaces=replaces,
     )
     write_s = time.perf_counter() - writing_since - watches.scoring.seconds
-    meter.add("shards")
     meter.add("audio_seconds", round(summary.audio_s))
+    _done(student, watches, write_s, size_bytes, progress, meter)
+    return summary
+
+
+def retry_shard(
+    shard: Shard,
+    student: Student,
+    annotation: Annotation,
+    output: Output,
+    progress: ProgressFile,
+    meter: Meter,
+    report: Callable[[], None] = lambda: None,
+    pool: DecodePool | None = None,
+) -> ShardSummary:
+    """As `annotate_shard`, for the rows of a finished file that failed; see `transforms.retry`.
+
+    A shard whose other rows cannot be vouched for any more keeps its file, and says so in
+    the log and in `shards_not_retried`.
+    """
+    assert annotation.retry is not None
+    name = f"{CLIPS_FOLDER}/{shard.id}.parquet"
+    logger.info("begins %s", shard.uri)
+    watches = _Watches()
+    try:
+        mending = Mending(output, name, shard, annotation.retry)
+        if mending.to_do:
+            clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
+            scored = _scored(mending.failed(clips), student, annotation, watches, pool, meter)
+            writing_since = time.perf_counter()
+            counted = _counted(scored, progress, meter, report)
+            size_bytes = mending.write(
+                (clip_row(clip, shard, "", student.labels, annotation.rows) for clip in counted),
+                annotation.run,
+                before_publishing=lambda: check_claim(output, annotation.run),
+            )
+            write_s = time.perf_counter() - writing_since - watches.scoring.seconds
+            _done(student, watches, write_s, size_bytes, progress, meter)
+            return mending.summary
+    except RetryError as error:
+        logger.error("%s", error)
+        meter.add("shards_not_retried")
+    progress.counts.shards += 1
+    progress.write(now=True)
+    return read_summary(output, name)[0]
+
+
+def _scored(
+    clips: Iterable[EncodedClip | UnreadableClip],
+    student: Student,
+    annotation: Annotation,
+    watches: _Watches,
+    pool: DecodePool | None,
+    meter: Meter,
+) -> Iterator[ScoredClip]:
+    ahead = _BATCHES_AHEAD * student.max_batch
+    decoding = _decoded(
+        clips, student.features, annotation.limits, annotation.hop_samples, watches, pool
+    )
+    scored = score_clips(
+        watches.audio.making(read_ahead(decoding, ahead, meter)),
+        student,
+        annotation.pool,
+        keep_chunks=annotation.rows.chunks or annotation.rows.segments,
+        keep_embeddings=annotation.rows.embeddings,
+        meter=meter,
+    )
+    return watches.scoring.making(scored)
+
+
+def _done(
+    student: Student,
+    watches: _Watches,
+    write_s: float,
+    size_bytes: int,
+    progress: ProgressFile,
+    meter: Meter,
+) -> None:
+    meter.add("shards")
     meter.add("bytes_written", size_bytes)
     meter.add("shards_published_by_another", size_bytes == 0)
     meter.add("batch_halvings", student.take_halvings())
     watches.tell(meter, student.take_stage_s() | {"write": write_s})
     progress.counts.shards += 1
     progress.write(now=True)
-    return summary
 
 
 class _Watches:
@@ -424,7 +500,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     seen: dict[str, int] = {}
     for clip in scored:
-        clip_id = unique(f"{shard.id}/{name_of(clip.clip)}", seen)
+        clip_id = clip_id_of(shard.id, name_of(clip.clip), seen)
         yield clip_row(clip, shard, clip_id, student.labels, options)
 
 

@@ -30,6 +30,7 @@ COUNTERS = {
     "num_inferences": "chunks that went through the model",
     "batch_halvings": "batches cut in two because they did not fit the GPU's memory",
     "shards_published_by_another": "shards whose file another worker, or try, had published first",
+    "shards_not_retried": "shards whose failed rows earmark retry left alone: their clips are others by now",
     "read_retries": "reads from remote storage that were tried again",
     "write_retries": "writes to remote storage that were tried again",
     "list_retries": "listings of remote storage that were tried again",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import functools
 import logging
 import os
@@ -35,6 +36,7 @@ from transforms.storage import (
     StorageError,
     cloud_bucket,
     counted_retry,
+    etag_of,
     explain,
     find_cloud,
     is_local,
@@ -74,13 +76,17 @@ class Output(Protocol):
     def scratch(self, name: str) -> contextlib.AbstractContextManager[Path]:
         """A local file to build `name` in; it is gone afterwards unless published."""
 
-    def publish(self, file: Path, name: str, *, replace: bool = False) -> bool:
+    def version(self, name: str) -> str | None:
+        """What tells this content of a file from another, or None where there is no file."""
+
+    def publish(self, file: Path, name: str, *, replace: bool | str = False) -> bool:
         """Makes a scratch file `name`, complete and in one step.
 
         Args:
             file: what `scratch` gave, closed.
             name: where it is to appear.
-            replace: take the place of a file of this name; else the first one stays.
+            replace: True takes the place of a file of this name, a version (of `version`)
+                only of that one; else the first one stays.
 
         Returns:
             Whether the file is there with this content (False: another had made it before;
@@ -190,11 +196,13 @@ class LocalOutput:
         finally:
             partial.unlink(missing_ok=True)
 
-    def publish(self, file: Path, name: str, *, replace: bool = False) -> bool:
+    def publish(self, file: Path, name: str, *, replace: bool | str = False) -> bool:
         """As `Output.publish`; the file is on disk before it has its name."""
         final = self._folder / name
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
+        if isinstance(replace, str):
+            return self._replace(file, final, replace)
         if replace:
             file.replace(final)
             return True
@@ -207,6 +215,27 @@ class LocalOutput:
                 return False
             file.replace(final)
         return True
+
+    def version(self, name: str) -> str | None:
+        """As `Output.version`: the file's number and when it was written."""
+        try:
+            found = (self._folder / name).stat()
+        except FileNotFoundError:
+            return None
+        return f"{found.st_ino}-{found.st_size}-{found.st_mtime_ns}"
+
+    def _replace(self, file: Path, final: Path, version: str) -> bool:
+        """A look and a rename, which processes of one host do one after the other."""
+        folder = os.open(final.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            if self.version(str(final.relative_to(self._folder))) != version:
+                return False
+            file.replace(final)
+            return True
+        finally:
+            os.close(folder)
 
     def remove(self, *names: str) -> None:
         """As `Output.remove`."""
@@ -283,7 +312,7 @@ class CloudOutput:
         with tempfile.TemporaryDirectory(prefix="earmark-") as folder:
             yield Path(folder) / posixpath.basename(name)
 
-    def publish(self, file: Path, name: str, *, replace: bool = False) -> bool:
+    def publish(self, file: Path, name: str, *, replace: bool | str = False) -> bool:
         """As `Output.publish`: one upload, its crc32c checked by Cloud Storage and here."""
         from google.api_core.exceptions import PreconditionFailed
 
@@ -293,7 +322,7 @@ class CloudOutput:
             try:
                 blob.upload_from_filename(
                     str(file),
-                    if_generation_match=None if replace else 0,
+                    if_generation_match=None if replace is True else int(replace),
                     checksum="crc32c",
                     timeout=_WRITE_TIMEOUT_S,
                     retry=counted_retry("write_retries", self._meter),
@@ -309,6 +338,18 @@ class CloudOutput:
                 "it was removed again"
             )
         return True
+
+    def version(self, name: str) -> str | None:
+        """As `Output.version`: the object's generation; one request."""
+        from google.api_core.exceptions import NotFound
+
+        blob = self._blob(name)
+        with self._explained(name):
+            try:
+                blob.reload(retry=counted_retry("read_retries", self._meter))
+            except NotFound:
+                return None
+        return str(blob.generation)
 
     def remove(self, *names: str) -> None:
         """As `Output.remove`; a request for each, `_REMOVED_AT_ONCE` at a time."""
@@ -405,9 +446,12 @@ class ObjectOutput:
         with tempfile.TemporaryDirectory(prefix="earmark-") as folder:
             yield Path(folder) / posixpath.basename(name)
 
-    def publish(self, file: Path, name: str, *, replace: bool = False) -> bool:
+    def publish(self, file: Path, name: str, *, replace: bool | str = False) -> bool:
         """As `Output.publish`."""
         path = posixpath.join(self._path, name)
+        # No file system of fsspec's replaces one version alone: a look, and then the upload.
+        if isinstance(replace, str) and self.version(name) != replace:
+            return False
         mode = {} if replace else {"mode": "create"}
 
         def put() -> None:
@@ -422,6 +466,16 @@ class ObjectOutput:
                 return False
             raise
         return True
+
+    def version(self, name: str) -> str | None:
+        """As `Output.version`: the ETag, or what else is shown of the file."""
+        path = posixpath.join(self._path, name)
+        self._fs.invalidate_cache(path)
+        try:
+            info = patiently(lambda: self._fs.info(path), path, "read_retries", self._meter)
+        except FileNotFoundError:
+            return None
+        return etag_of(info) or repr(sorted(info.items()))
 
     def remove(self, *names: str) -> None:
         """As `Output.remove`."""

@@ -42,7 +42,7 @@ def read_manifest(shard: Shard, access: Access, meter: Meter | None) -> Clips:
     The next few remote files are on their way meanwhile.
     """
     part = cast(ManifestSlice, shard.manifest)
-    rows = rows_of(part, _slice_of(shard, access, meter), shard.files)
+    rows = rows_of(part, slice_of(shard, access, meter), shard.files)
     groups = (list(group) for _, group in groupby(rows, key=lambda row: row.url))
     coming: deque[tuple[list[ManifestRow], Future[tuple[BinaryIO, str, int]] | None]] = deque()
     with ThreadPoolExecutor(FILES_AHEAD, "earmark-fetch") as pool:
@@ -69,7 +69,7 @@ def read_manifest(shard: Shard, access: Access, meter: Meter | None) -> Clips:
                     fetched.cancel()
 
 
-def _slice_of(shard: Shard, access: Access, meter: Meter | None) -> bytes:
+def slice_of(shard: Shard, access: Access, meter: Meter | None) -> bytes:
     """The bytes of a shard's rows.
 
     Raises:

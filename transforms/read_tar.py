@@ -28,7 +28,7 @@ def count_tar_clips(stream: BinaryIO, enough: int) -> int:
     return sum(1 for _ in islice(read_tar(stream), enough))
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """Makes a damaged header an error.
 
     tarfile takes a damaged or missing header anywhere but at the start for the
@@ -36,9 +36,10 @@ class _StrictTarInfo(tarfile.TarInfo):
     """
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictTarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> StrictTarInfo:
+        """As tarfile's; a damaged header is a `ReadError`."""
         try:
-            return cast(_StrictTarInfo, super().fromtarfile(tar))
+            return cast(StrictTarInfo, super().fromtarfile(tar))
         except tarfile.EOFHeaderError:
             raise  # the zero block that ends an archive
         except tarfile.HeaderError as error:
@@ -63,7 +64,7 @@ def read_tar(stream: BinaryIO) -> Clips:
     plain = unpacked(stream)
     try:
         with tarfile.open(
-            fileobj=plain, mode="r|", tarinfo=_StrictTarInfo, errors="surrogateescape"
+            fileobj=plain, mode="r|", tarinfo=StrictTarInfo, errors="surrogateescape"
         ) as tar:
             for info in tar:
                 members += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,11 @@ def unique(clip_id: str, seen: dict[str, int]) -> str:
     return numbered
 
 
+def clip_id_of(shard_id: str, name: str, seen: dict[str, int]) -> str:
+    """A clip's id: its shard's, and what `name_of` calls it; see `unique`."""
+    return unique(f"{shard_id}/{name}", seen)
+
+
 # Kinds of shards that are never a part of their file.
 WHOLE_FILES = ("tar", "arrow", "tfrecord", "zip")
 
@@ -95,10 +100,10 @@ class Shard:
     row_groups: tuple[int, int] | None = None  # first and one past the last, for kind "parquet"
     max_clips: int | None = None  # stop after so many clips (--limit)
     checksum: str | None = None  # of the file, as `storage.StoredFile` has it
-    # Bytes of `files` where they are remote (-1: nobody has looked), or of the file of which
-    # `row_groups` or `manifest` is a part: what spares a worker the question.
+    # Bytes of `files` (-1: nobody has looked), or of the file of which
+    # `row_groups` or `manifest` is a part: what spares a worker the question where they are remote.
     file_sizes: tuple[int, ...] = ()
-    file_checksums: tuple[str | None, ...] = ()  # of `files` where they are remote
+    file_checksums: tuple[str | None, ...] = ()  # of `files`
     file_metadata: tuple[str, ...] = ()  # of `files`: JSON, "" where there is none
     manifest: ManifestSlice | None = None
 
@@ -172,7 +177,23 @@ class ScoredClip:
     chunks: list[tuple[float, float, NDArray[np.float32]]]  # (start_s, end_s, scores [labels])
 
 
-def name_of(clip: EncodedClip | UnreadableClip | ClipEnd) -> str:
+class Named(Protocol):
+    """What `name_of` needs: clips on their way, and rows of manifests, have it."""
+
+    @property
+    def member(self) -> str | None: ...  # noqa: D102
+
+    @property
+    def name(self) -> str | None: ...  # noqa: D102
+
+    @property
+    def start_s(self) -> float | None: ...  # noqa: D102
+
+    @property
+    def end_s(self) -> float | None: ...  # noqa: D102
+
+
+def name_of(clip: Named) -> str:
     """What a clip is called in its shard: by its name, or its member and which part of it."""
     if clip.name is not None:
         return clip.name

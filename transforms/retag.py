@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,11 +14,10 @@ from student.labels import Label
 from transforms.output import Output
 from transforms.segments import chunks_of_clips
 from transforms.write import (
-    RUN_KEY,
-    SHARD_KEY,
     RowOptions,
     ShardSummary,
-    read_summary,
+    file_metadata,
+    read_footer,
     segments_of,
     tags_of,
 )
@@ -66,8 +64,9 @@ def retag_file(
     """
     place = f"{source.uri}/{name}"
     with _readable(place):
-        before, making = read_summary(source, name)
-    if making != fingerprint:
+        footer = read_footer(source, name)
+    before = footer.summary
+    if footer.fingerprint != fingerprint:
         raise RetagError(
             f"{place} is of another making than the run.json beside it; annotate once more into a new "
             "folder, and retag that"
@@ -98,9 +97,7 @@ def retag_file(
                             continue
                         table = table.add_column(at, column, new)
                     writer.write_table(table)
-                writer.add_key_value_metadata(
-                    {RUN_KEY: run.encode(), SHARD_KEY: json.dumps(vars(after)).encode()}
-                )
+                writer.add_key_value_metadata(file_metadata(run, after, footer.source))
             before_publishing()
             output.publish(scratch, name)
     return before, after

@@ -68,6 +68,7 @@ from transforms.storage import (
     glob_cloud,
     is_local,
     list_cloud,
+    mtime_of,
     open_file_system,
     open_remote,
     public_name,
@@ -84,7 +85,7 @@ TAR_SUFFIXES = (
     *(".tar.xz", ".txz"),
 )
 STATE_FILE = "state.json"  # names the files of a dataset that `datasets` saved to disk
-_PACKED_SHARDS = 1_000
+PACKED_SHARDS = 1_000
 _NAMES_LISTED = 8  # of braces in Cloud Storage: more than these are looked up in a listing
 _NAMES_AT_ONCE = 16  # of braces elsewhere that are looked up at a time
 
@@ -241,7 +242,7 @@ def find_shards(
                     if in_order and keeps is None:
                         keeps = not named and _has_metadata(root, access, meter)
                     if in_order and not keeps and len(files) == files_per_shard:
-                        shards = [_file_shard(url, flushed[url], loose.pop(url), remote, told)]
+                        shards = [_file_shard(url, flushed[url], loose.pop(url), told)]
                         flushed[url] += 1
             else:
                 if not named and posixpath.basename(name) == STATE_FILE:
@@ -267,18 +268,18 @@ def find_shards(
         files = sorted(loose[root].items())
         for start in range(0, len(files), files_per_shard):
             group = dict(files[start : start + files_per_shard])
-            yield _file_shard(root, flushed[root], group, not is_local(root), told)
+            yield _file_shard(root, flushed[root], group, told)
             flushed[root] += 1
 
 
 def pack_shards(shards: Iterable[Shard]) -> Iterator[bytes]:
-    """Shards in packets of `_PACKED_SHARDS`, compressed.
+    """Shards in packets of `PACKED_SHARDS`, compressed.
 
     Names in one listing are much alike: a million tars take about 28 MB so, in a job's
     description and in memory, instead of some hundred.
     """
     left = iter(shards)
-    while packet := list(islice(left, _PACKED_SHARDS)):
+    while packet := list(islice(left, PACKED_SHARDS)):
         text = json.dumps([list(vars(shard).values()) for shard in packet], default=vars)
         yield zlib.compress(text.encode(), 6)
 
@@ -420,7 +421,7 @@ def _look_up(
         return {file.path: file for file in listed if file.path in wanted}
 
     infos = _infos(fs, names)
-    return {name: _stored(name, info) for name, info in infos.items() if info["type"] == "file"}
+    return {name: _stored(fs, name, info) for name, info in infos.items() if info["type"] == "file"}
 
 
 def _infos(fs: Any, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -483,7 +484,7 @@ def _fsspec_matches(fs: Any, path: str, pattern: str) -> Iterator[tuple[str, Sto
                 yield from _walk(fs, match, root)
             else:
                 named = match.endswith(named_suffix)
-                yield root, _stored(match, details), named
+                yield root, _stored(fs, match, details), named
         return
     except OSError as error:
         if not isinstance(fs, LocalFileSystem):
@@ -492,16 +493,18 @@ def _fsspec_matches(fs: Any, path: str, pattern: str) -> Iterator[tuple[str, Sto
     if info["type"] == "directory":
         yield from _walk(fs, path, path)
     else:
-        yield posixpath.dirname(public_name(path, path)), _stored(path, info), True
+        yield posixpath.dirname(public_name(path, path)), _stored(fs, path, info), True
 
 
-def _stored(path: str, details: dict[str, Any]) -> StoredFile:
+def _stored(fs: Any, path: str, details: dict[str, Any]) -> StoredFile:
     if details["size"] is None and path.startswith(WEB):
         raise InputError(
             f"the server of {public_url(path)!r} does not say how large it is, so that what is cut off "
             "could not be told: download it, and name the copy"
         )
-    return StoredFile(path, details["size"] or 0, etag_of(details))
+    local = isinstance(fs, LocalFileSystem)
+    version = mtime_of(path, details) if local else etag_of(details)
+    return StoredFile(path, details["size"] or 0, version)
 
 
 def _is_glob(path: str) -> bool:
@@ -520,7 +523,7 @@ def _root_of_glob(path: str) -> tuple[str, str]:
 def _walk(fs: Any, folder: str, root: str) -> Iterator[tuple[str, StoredFile, bool]]:
     for file, details in sorted(fs.find(folder, detail=True).items()):
         if not _is_hidden(file, folder):
-            yield root, _stored(file, details), False
+            yield root, _stored(fs, file, details), False
 
 
 def _is_hidden(file: str, folder: str) -> bool:
@@ -671,7 +674,7 @@ def _parquet_shards(whole: Shard, access: Access) -> Iterator[Shard]:
 
 
 def _file_shard(
-    root: str, number: int, found: dict[str, StoredFile], remote: bool, told: Mapping[str, _Told]
+    root: str, number: int, found: dict[str, StoredFile], told: Mapping[str, _Told]
 ) -> Shard:
     files, sizes = tuple(found), tuple(file.size for file in found.values())
     names = [unsigned_url(f"{root}/{file}") for file in files] if root.startswith(WEB) else files
@@ -689,8 +692,8 @@ def _file_shard(
         kind="files",
         size_bytes=sum(size for size in sizes if size > 0),
         files=files,
-        file_sizes=sizes if remote else (),
-        file_checksums=tuple(file.checksum for file in found.values()) if remote else (),
+        file_sizes=sizes,
+        file_checksums=tuple(file.checksum for file in found.values()),
         file_metadata=metadata if any(metadata) else (),
     )
 
@@ -905,7 +908,7 @@ def _stored_at(uri: str, access: Access) -> StoredFile | None:
     if uri.startswith(CLOUD_STORAGE):
         return find_cloud(path, access)
     try:
-        return _stored(path, fs.info(path))
+        return _stored(fs, path, fs.info(path))
     except FileNotFoundError:
         return None
 

@@ -42,6 +42,7 @@ FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 30.0
 RETRY_S = 300.0  # how long google-cloud-storage tries again: several stalls
 ETAG = "etag:"  # begins a checksum that is none of the content
+MTIME = "mtime:"  # likewise, of a local file
 STALL_S = 30.0  # a connection that gives no byte for so long is given up
 
 MIN_BLOCK_BYTES = 1 << 20
@@ -81,6 +82,7 @@ class StoredFile:
     path: str  # as the file system names it: without `gs://`
     size: int  # bytes
     # As Cloud Storage gives it: crc32c, base64. Elsewhere `etag:` and the ETag, where there is one.
+    # Of a local file `mtime:` and microseconds: it only tells a file that has changed.
     checksum: str | None = None
 
 
@@ -335,6 +337,14 @@ class RemoteFile(io.RawIOBase):
 def etag_of(info: Mapping[str, Any]) -> str | None:
     """What tells one content of a file from another, in fsspec's details of it."""
     return f"{ETAG}{info['ETag']}" if info.get("ETag") else None
+
+
+def mtime_of(path: str, info: Mapping[str, Any]) -> str:
+    """When a local file was last written, in fsspec's details of it; of a link, its target."""
+    # A link that leads nowhere is one more file that cannot be opened.
+    followed = info.get("islink") and os.path.exists(path)
+    seconds = os.stat(path).st_mtime if followed else info["mtime"]
+    return f"{MTIME}{round(seconds * 1e6)}"
 
 
 class ShortRead(OSError):

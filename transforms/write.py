@@ -19,6 +19,7 @@ from student.labels import Label
 from transforms.output import Output
 from transforms.records import ScoredClip, Shard, as_text
 from transforms.segments import merge_chunks
+from transforms.source import SOURCE_KEY
 from transforms.storage import public_url
 
 ScoreType = Literal["float32", "float16"]
@@ -32,6 +33,8 @@ SHARD_KEY = b"earmark.shard"  # Parquet key-value metadata: the ShardSummary
 # 527 float32 scores), small enough to hold in memory.
 ROWS_PER_GROUP = 8_192
 BYTES_PER_GROUP = 64 << 20  # many tags, chunks or much metadata fill a group sooner
+
+COUNTED = ("duration_s", "tags", "error")  # the columns that `count_row` looks at
 
 _TAIL_BYTES = 128 << 10  # holds the footer of all but files of many row groups
 
@@ -253,6 +256,9 @@ def write_rows(
     name: str,
     run: str,
     before_publishing: Callable[[], None] = lambda: None,
+    *,
+    source: Mapping[str, Any] | None = None,
+    replaces: str | None = None,
 ) -> tuple[ShardSummary, int]:
     """Writes `rows` to `name` in `output`, which appears complete or not at all.
 
@@ -267,6 +273,8 @@ def write_rows(
         run: the run description, JSON, for the file's metadata.
         before_publishing: called when the file is whole; what it raises stops it
             from being published.
+        source: of `transforms.source`, for the file's metadata.
+        replaces: the version of a file of this name that this one takes the place of.
 
     Returns:
         The shard's totals, and the bytes published (0 where another writer was first).
@@ -281,38 +289,45 @@ def write_rows(
             pq.ParquetWriter(stream, schema, compression="zstd") as writer,
         ):
             group: list[Mapping[str, Any]] = []
-            held_bytes = 0
+            size = 0
             for row in rows:
                 group.append(row)
-                held_bytes += _held_bytes(row)
-                _count(summary, row)
-                if len(group) >= ROWS_PER_GROUP or held_bytes >= BYTES_PER_GROUP:
+                size += held_bytes(row)
+                count_row(summary, row)
+                if len(group) >= ROWS_PER_GROUP or size >= BYTES_PER_GROUP:
                     writer.write_table(rows_to_table(group, schema))
-                    group, held_bytes = [], 0
+                    group, size = [], 0
             if group or summary.clips == 0:
                 writer.write_table(rows_to_table(group, schema))
-            writer.add_key_value_metadata(
-                {RUN_KEY: run.encode(), SHARD_KEY: json.dumps(vars(summary)).encode()}
-            )
+            writer.add_key_value_metadata(file_metadata(run, summary, source))
         before_publishing()
         size = scratch.stat().st_size
-        published = output.publish(scratch, name)
+        published = output.publish(scratch, name, replace=replaces or False)
     return summary, size if published else 0
 
 
-def _held_bytes(row: Mapping[str, Any]) -> int:
-    """Roughly what a row takes until it is written."""
+def file_metadata(
+    run: str, summary: ShardSummary, source: Mapping[str, Any] | None
+) -> dict[bytes, bytes]:
+    """A file's key-value metadata: what made it, its totals, and what its source was."""
+    metadata = {RUN_KEY: run.encode(), SHARD_KEY: json.dumps(vars(summary)).encode()}
+    return metadata | ({} if source is None else {SOURCE_KEY: json.dumps(source).encode()})
+
+
+def held_bytes(row: Mapping[str, Any]) -> int:
+    """Roughly what a row of `clip_row` takes until it is written."""
     vectors = 1 + len(row.get("chunks") or ())
     scores = row["scores"].nbytes if row["scores"] is not None else 0
     named = len(row["tags"] or ()) + len(row.get("segments") or ())
     return vectors * scores + 200 * named + len(row["metadata"] or "")
 
 
-def _count(summary: ShardSummary, row: Mapping[str, Any]) -> None:
+def count_row(summary: ShardSummary, row: Mapping[str, Any]) -> None:
+    """Adds a row of `clip_row`, or what of it is `COUNTED`, to a shard's totals."""
     summary.clips += 1
     summary.audio_s += row["duration_s"] or 0.0
     if row["error"] is not None:
-        summary.failed += row["scores"] is None
+        summary.failed += row["tags"] is None
         summary.partial += row["scores"] is not None
         summary.failures[f"{row['error']['stage']}/{row['error']['type']}"] += 1
     summary.tags.update(tag["name"] for tag in row["tags"] or ())
@@ -332,24 +347,43 @@ def check_claim(output: Output, run: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Footer:
+    """What a finished file says of itself."""
+
+    summary: ShardSummary
+    fingerprint: str  # of the making
+    source: dict[str, Any] | None  # of `transforms.source`; files of old have none
+    rows: int  # as Parquet counts them
+
+
 def read_summary(output: Output, name: str) -> tuple[ShardSummary, str]:
-    """(totals, fingerprint of the making) in a finished file's footer.
+    """(totals, fingerprint of the making) in a finished file's footer; see `read_footer`."""
+    footer = read_footer(output, name)
+    return footer.summary, footer.fingerprint
+
+
+def read_footer(output: Output, name: str) -> Footer:
+    """What a finished file says of itself, in one or two requests.
 
     Raises:
         ValueError: the file is no finished output of earmark.
         OSError: it cannot be read.
     """
     try:
-        metadata = _read_footer(output, name).metadata or {}
+        parquet = _read_footer(output, name)
+        metadata = parquet.metadata or {}
         stated = json.loads(metadata[SHARD_KEY])
         making = json.loads(metadata[RUN_KEY])["fingerprint"]
-    except (KeyError, ValueError, pa.ArrowException) as error:
+        source = json.loads(metadata.get(SOURCE_KEY, b"null"))
+        stated["failures"] = Counter(stated["failures"])
+        stated["tags"] = Counter(stated["tags"])
+        summary = ShardSummary(**stated)
+    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"{output.uri}/{name} is not a file that earmark finished; remove it and run again"
         ) from error
-    stated["failures"] = Counter(stated["failures"])
-    stated["tags"] = Counter(stated["tags"])
-    return ShardSummary(**stated), making
+    return Footer(summary, making, source, parquet.num_rows)
 
 
 def _read_footer(output: Output, name: str) -> pq.FileMetaData:

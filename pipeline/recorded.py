@@ -1,0 +1,131 @@
+"""What an output says of how it was made: its `run.json` and `labels.parquet`, read again."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import pyarrow as pa
+
+from evaluation.scores import read_table
+from pipeline import ledger
+from pipeline.options import AnnotateOptions, UsageError
+from student.labels import Label
+from transforms.output import Output
+from transforms.write import RUN_FILE, RowOptions
+
+
+def recorded_run(source: Output, name: str) -> dict[str, Any]:
+    """The source's `run.json`, with what is needed of it."""
+    try:
+        content = source.read(RUN_FILE)
+    except NotADirectoryError as error:
+        raise UsageError(
+            f"OUTPUT {name!r} is a file; expected the folder that earmark annotate wrote: audio is "
+            "annotated first"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"OUTPUT {name!r} cannot be read: {error.strerror or error}") from error
+    if content is None:
+        raise UsageError(
+            f"OUTPUT {name!r} holds no {RUN_FILE}; give the folder that earmark annotate wrote"
+        )
+    try:
+        made: dict[str, Any] = json.loads(content)
+        scoring = made["scoring"]
+        _ = made["id"], made["fingerprint"], made["options"], made["checkpoint"]["weights_sha256"]
+        _ = scoring["labels"], scoring["thresholds"], scoring["top_k"], scoring["score_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{source.uri}/{RUN_FILE} is damaged or no earmark annotate's ({type(error).__name__}: {error}); "
+            "give the folder that earmark annotate wrote"
+        ) from error
+    return made
+
+
+def recorded_labels(source: Output, made: dict[str, Any]) -> tuple[Label, ...]:
+    """The labels of the source's scores, which `run.json` must know."""
+    place = f"{source.uri}/{ledger.LABELS_FILE}"
+    content = source.read(ledger.LABELS_FILE)
+    if content is None:
+        raise UsageError(
+            f"{place} is not there, so what the scores mean is not known; the same earmark annotate "
+            "again writes it"
+        )
+    try:
+        rows = read_table(io.BytesIO(content), ["index", "mid", "name"]).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UsageError(
+            f"{place} is damaged ({error}): remove it, and the same earmark annotate again writes it"
+        ) from error
+    labels = tuple(Label(row["index"], row["mid"] or "", row["name"]) for row in rows)
+    if ledger.labels_digest(labels) != made["scoring"]["labels"]:
+        raise UsageError(
+            f"{place} has other labels than the run.json beside it: they are of two outputs; take "
+            "the folder as earmark annotate wrote it"
+        )
+    return labels
+
+
+def recorded_rows(made: Mapping[str, Any], labels: tuple[Label, ...], place: str) -> RowOptions:
+    """What of a scored clip goes into a row of the output.
+
+    Raises:
+        UsageError: `run.json` contradicts itself about the thresholds.
+    """
+    scoring, stated = made["scoring"], made.get("thresholds", {})
+    thresholds = tuple(stated.get(label.name) for label in labels)
+    if ledger.thresholds_digest(thresholds) != scoring["thresholds"]:
+        raise UsageError(
+            f"{place}/{RUN_FILE} names other thresholds than its rows were made with: it was changed; "
+            "take the one that earmark annotate wrote"
+        )
+    return RowOptions(
+        thresholds,
+        scoring["top_k"],
+        chunks=bool(scoring.get("chunks")),
+        segments=bool(scoring.get("segments")),
+        embeddings=bool(scoring.get("embeddings")),
+        score_type=scoring["score_type"],
+    )
+
+
+def recorded_options(
+    made: Mapping[str, Any], output: str, inputs: tuple[str, ...], inputs_from: tuple[str, ...]
+) -> AnnotateOptions:
+    """The options of `earmark annotate` that made an output, but for where and on what it runs.
+
+    Args:
+        made: its `run.json`.
+        output: where it is.
+        inputs: to be used in place of those that `run.json` names, as is the next.
+        inputs_from: files that name inputs.
+    """
+    known = {field.name for field in fields(AnnotateOptions)}
+    machine = {"device", "devices", "decode_processes", "gpu", "beam", "threshold", "thresholds"}
+    stated = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in made["options"].items()
+        if name in known - machine
+    }
+    options = AnnotateOptions(
+        inputs=(), output=output, checkpoint=made["checkpoint"].get("name", "")
+    )
+    options = replace(options, **stated)
+    if inputs or inputs_from:
+        given = inputs, inputs_from
+    else:
+        given = tuple(made.get("inputs", ())), options.inputs_from
+        if folder := made.get("started_in"):
+            given = tuple(_from(folder, place) for place in given[0]), given[1]
+    return replace(
+        options, inputs=given[0], inputs_from=given[1], dtype=made["scoring"].get("dtype", "auto")
+    )
+
+
+def _from(folder: str, place: str) -> str:
+    return os.path.join(folder, place) if ledger.is_relative(place) else place
