@@ -375,7 +375,8 @@ def _request(data: tuple[str, ...], options: dict[str, Any], recipe: Any) -> Any
 
 
 def _shards(patterns: tuple[str, ...], access: Any) -> Any:
-    from transforms.shards import InputError, plan_shards
+    from transforms.listing import InputError
+    from transforms.shards import plan_shards
 
     try:
         return plan_shards(patterns, access=access).shards

@@ -29,7 +29,8 @@ from transforms.chunk import hop_samples_of
 from transforms.decode import RESAMPLE_QUALITY
 from transforms.output import Output, publish_bytes, remove_output
 from transforms.records import Shard, as_text
-from transforms.shards import outdated, source_of
+from transforms.shard_id import source_of
+from transforms.shards import outdated
 from transforms.source import what_changed
 from transforms.storage import is_local, public_name, public_url
 from transforms.write import CLIPS_FOLDER, RUN_FILE, Footer, ShardSummary, read_footer

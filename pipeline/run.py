@@ -43,11 +43,12 @@ from transforms.annotate import AnnotateShards, Annotation
 from transforms.checkpoint import local_checkpoint
 from transforms.chunk import hop_samples_of
 from transforms.decode import Limits
+from transforms.listing import InputError
 from transforms.meter import NAMESPACE, Meter
 from transforms.output import LocalOutput, Output, open_output, remove_abandoned
 from transforms.records import Shard, as_text
 from transforms.retry import Retry
-from transforms.shards import InputError, unpack_shards
+from transforms.shards import unpack_shards
 from transforms.storage import CLOUD_STORAGE, Access, is_local
 from transforms.write import CLIPS_FOLDER, RowOptions, ShardSummary
 

@@ -258,8 +258,8 @@ def _planned(
     """The shards of the inputs that have a file, by id; the others are told of."""
     from pipeline import ledger
     from pipeline.plan import named_inputs, shards_of
+    from transforms.listing import InputError
     from transforms.records import as_text
-    from transforms.shards import InputError
     from transforms.verify import Problem
 
     try:
@@ -325,7 +325,7 @@ def _by_source(
     """Of finished shards, those that are found again where their files say they came from."""
     from pipeline import ledger
     from pipeline.plan import shards_of
-    from transforms.shards import InputError
+    from transforms.listing import InputError
     from transforms.write import Footer
 
     sources = {

@@ -8,7 +8,8 @@ from braceexpand import braceexpand
 
 from bench.stand_ins import CloudStorage
 from transforms.braces import expand_braces, has_braces
-from transforms.shards import InputError, plan_shards
+from transforms.listing import InputError
+from transforms.shards import plan_shards
 
 
 @pytest.mark.parametrize(

@@ -23,17 +23,17 @@ import pytest
 
 from bench.stand_ins import CloudStorage
 from transforms import opening, read_manifest, storage
+from transforms.listing import InputError
 from transforms.manifest import ManifestOptions, find_segment, locate, segment_of, shown
 from transforms.read import read_clips
 from transforms.records import EncodedClip, Shard
+from transforms.shard_id import source_of
 from transforms.shards import (
-    InputError,
     find_shards,
     limit_shards,
     outdated,
     pack_shards,
     plan_shards,
-    source_of,
     unpack_shards,
 )
 

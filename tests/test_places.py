@@ -21,9 +21,10 @@ import pytest
 
 from bench.stand_ins import Exchange, Reply, S3Server, Server, as_json, raw
 from transforms import storage
+from transforms.listing import InputError
 from transforms.read import read_clips
 from transforms.records import UnreadableClip
-from transforms.shards import InputError, plan_shards
+from transforms.shards import plan_shards
 from transforms.storage import StorageError, public_name, public_url, unsigned_url
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,7 +293,8 @@ class Hub:
 READ = """
 import sys, json
 from transforms.read import read_clips
-from transforms.shards import plan_shards, InputError
+from transforms.listing import InputError
+from transforms.shards import plan_shards
 
 def read(url):
     try:

@@ -17,10 +17,11 @@ import pytest
 import soundfile
 
 from transforms.audio_bytes import is_audio_bytes, wav_of
+from transforms.listing import InputError
 from transforms.read import read_clips
 from transforms.read_table import audio_column
 from transforms.records import Shard, UnreadableClip
-from transforms.shards import InputError, limit_shards, plan_shards
+from transforms.shards import limit_shards, plan_shards
 
 FLAC = b"fLaC\0\0\0\x22 and so on"
 MP3 = b"\xff\xfb\x90\x64\0\0\0\0\0\0\0\0"

@@ -12,9 +12,10 @@ import pytest
 import tfrecord
 
 from transforms import read_tfrecord
+from transforms.listing import InputError
 from transforms.read import read_clips
 from transforms.records import Shard, UnreadableClip
-from transforms.shards import InputError, limit_shards, plan_shards
+from transforms.shards import limit_shards, plan_shards
 
 FLAC = b"fLaC\0\0\0\x22 and so on"
 

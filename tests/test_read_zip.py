@@ -10,9 +10,10 @@ from typing import Any
 import fsspec
 import pytest
 
+from transforms.listing import InputError
 from transforms.read import read_clips
 from transforms.records import Shard, UnreadableClip
-from transforms.shards import InputError, limit_shards, plan_shards
+from transforms.shards import limit_shards, plan_shards
 
 
 def write(file: Path, members: dict[str, bytes], packing: int = zipfile.ZIP_DEFLATED) -> Path:

@@ -16,17 +16,17 @@ import xxhash
 
 from bench.stand_ins import CloudStorage
 from transforms import shards, storage
+from transforms.listing import InputError
 from transforms.read import read_clips
 from transforms.records import EncodedClip, Shard
+from transforms.shard_id import source_of
 from transforms.shards import (
-    InputError,
     Plan,
     find_shards,
     limit_shards,
     outdated,
     pack_shards,
     plan_shards,
-    source_of,
     unpack_shards,
 )
 

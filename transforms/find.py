@@ -10,19 +10,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import posixpath
-import shutil
 import tarfile
-import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import closing
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from transforms.read import audio_column, is_audio, open_shard, read_clips
+from transforms.opening import open_shard, spool
+from transforms.read import read_clips
+from transforms.read_table import open_parquet, parquet_audio_column
 from transforms.records import EncodedClip, Shard, as_text
 from transforms.shards import find_shards
 from transforms.storage import (
@@ -36,13 +35,13 @@ from transforms.storage import (
     open_file_system,
     open_remote,
 )
+from transforms.suffixes import is_audio
 
 # Files that are shards, but name audio which lies elsewhere.
 _MANIFESTS = (".csv", ".tsv", ".json", ".jsonl", ".scp", ".txt")
 
 # Of a remote tar whose members are larger only the headers are fetched; else it is streamed.
 _RANGED_FROM_BYTES = 1 << 20
-_IN_MEMORY_BYTES = 32 << 20
 
 
 def find_clips(
@@ -183,23 +182,11 @@ def _of_tar(tar: tarfile.TarFile, wanted: frozenset[str]) -> Iterator[EncodedCli
             member = as_text(info.name)
             if member not in wanted or not info.isreg() or not is_audio(member):
                 continue
-            audio, digest = _copied(cast(BinaryIO, tar.extractfile(info)))
+            audio, digest, _ = spool(cast(BinaryIO, tar.extractfile(info)))
         except (tarfile.TarError, EOFError, ValueError, OverflowError):
             return  # what comes after the damage has no row
         with closing(audio):
             yield EncodedClip(member, audio, info.size, digest, {})
-
-
-def _copied(stream: BinaryIO) -> tuple[BinaryIO, str]:
-    """(a copy at its start, xxh128); a large one is on disk."""
-    copy = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115
-    shutil.copyfileobj(stream, copy, 1 << 20)
-    copy.seek(0)
-    digest = xxhash.xxh128()
-    while block := copy.read(1 << 20):
-        digest.update(block)
-    copy.seek(0)
-    return cast(BinaryIO, copy), digest.hexdigest()
 
 
 def _in_parquet(
@@ -207,8 +194,8 @@ def _in_parquet(
 ) -> Iterator[EncodedClip]:
     groups: list[int] = []
     with open_shard(shard, access) as stream:
-        parquet = pq.ParquetFile(stream, pre_buffer=False)
-        column = audio_column(parquet.schema_arrow)
+        parquet = open_parquet(stream)
+        column = parquet_audio_column(parquet)
         if column is None:  # it names files
             return (yield from _loose(audio_root or posixpath.dirname(shard.uri), wanted, access))
         kind = parquet.schema_arrow.field(column).type
@@ -244,8 +231,6 @@ def _in_parquet(
 
 
 def _in_order(shard: str, wanted: frozenset[str], access: Access) -> Iterator[EncodedClip]:
-    from collections import Counter
-
     for part in find_shards([shard], Counter(), access=access):
         for clip in read_clips(part, access):
             if isinstance(clip, EncodedClip) and clip.member in wanted:

@@ -1,4 +1,4 @@
-"""Which files are taken for audio by their names."""
+"""Which files are taken for audio, and which for tars, by their names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import posixpath
 AUDIO_SUFFIXES = frozenset(
     ".3gp .aac .ac3 .aif .aifc .aiff .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp3 "
     ".mp4 .mpga .oga .ogg .opus .rf64 .snd .tta .w64 .wav .wave .webm .wma .wv".split()
+)
+TAR_SUFFIXES = (
+    *(".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz"),
+    *(".tar.xz", ".txz"),
 )
 
 
