@@ -544,7 +544,9 @@ def test_a_damaged_header_in_the_middle_is_an_error(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"x", b"no tar at all" * 500, gzip.compress(b"x" * 9_000)]
+    "content",
+    [b"", b"x", b"no tar at all" * 500, gzip.compress(b"x" * 9_000)],
+    ids=["empty", "a letter", "words", "gzip"],
 )
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
 def test_a_file_that_is_no_tar_is_one_error(tmp_path: Path, name: str, content: bytes) -> None:
