@@ -50,6 +50,7 @@ _HEADERS_OF_FILE = frozenset(("matroska", "flv"))
 # Containers with a time in each page or packet, so that a lost one shows.
 _TIMED = frozenset(("ogg", "matroska,webm", "mpegts", "mpeg", "asf", "wtv", "rm", "flv"))
 _GAP_S = 0.1
+_TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between one recording and the next
 _LEAP_S = 60.0  # another recording begins, or the clock was set
 
 # A clip may be a playlist; what it names is not opened.
@@ -231,6 +232,7 @@ class AudioDecoder:
         self._skipped = 0  # samples that were seeked over
         self._position = 0  # samples decoded so far, those included
         self.facts: SourceFacts | None = None
+        self.library: str | None = None  # the one that decoded last: "ffmpeg" or "libsndfile"
 
     def mono(
         self, sample_rate: int, start_s: float | None = None, end_s: float | None = None
@@ -410,6 +412,7 @@ class AudioDecoder:
         try:
             yield from self._soundfile_blocks()
         except soundfile.LibsndfileError as error:
+            self._watch.check()
             if self._begun:
                 self._loss.broken_off = True
                 return
@@ -461,6 +464,7 @@ class AudioDecoder:
     def _ffmpeg_blocks(
         self, start_s: float, *, doubting: bool = False
     ) -> Iterator[NDArray[np.float32]]:
+        self.library = "ffmpeg"
         pcm16, certain = self._holds_pcm16()
         options = _NO_OTHER_FILES | (_PROBE_LESS if certain else {})
         with av.open(self._file, mode="r", metadata_errors="replace", options=options) as container:
@@ -524,10 +528,12 @@ class AudioDecoder:
                     try:
                         frames = packet.decode()
                     except av.FFmpegError as error:
-                        if packet.size:  # else it marks the end, or a gap
+                        # Without bytes it marks the end, or a gap.
+                        if packet.size and not bytes(packet)[:8].startswith(_TAGS):
                             seconds = float(packet.duration or 0) * float(packet.time_base)
                             loss.add(max(0.0, seconds), error)
-                            if doubting and not self._begun:
+                            # Of MPEG audio libsndfile gets no further, and prints about it.
+                            if doubting and not self._begun and stream.codec_context.name == "flac":
                                 raise _Doubt from error
                         continue
                     if packet.size:
@@ -591,6 +597,7 @@ class AudioDecoder:
         container.seek(0, stream=stream)
 
     def _soundfile_blocks(self) -> Iterator[NDArray[np.float32]]:
+        self.library = "libsndfile"
         with soundfile.SoundFile(_Unnamed(self._file)) as sound:
             codec = _SOUNDFILE_CODECS.get(sound.subtype, sound.subtype.lower())
             if sound.endian == "BIG":
@@ -758,7 +765,10 @@ class _Unnamed:
             return self._file.seek(0)
 
     def readinto(self, buffer: memoryview) -> int:
-        content = self._file.read(len(buffer))
+        try:
+            content = self._file.read(len(buffer))
+        except ClipError:  # out of time; here it would only be printed, and is raised again
+            return 0
         buffer[: len(content)] = content
         return len(content)
 
@@ -799,7 +809,8 @@ def _joined(frames: list[av.AudioFrame]) -> NDArray[np.float32]:
         for of_plane, plane in zip(views, frame.planes, strict=True):
             of_plane.append(np.frombuffer(plane, dtype, count))
     joined = np.empty((planes, sum(map(len, views[0]))), np.float32)
-    with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite, and refused as such
+    # A float64 beyond float32 is infinite, and refused as such, like what is no number.
+    with np.errstate(over="ignore", invalid="ignore"):
         for row, of_plane in zip(joined, views, strict=True):
             np.concatenate(of_plane, out=row, casting="same_kind")
     if silence:
