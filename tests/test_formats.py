@@ -65,6 +65,8 @@ def container(content: bytes, codec: str | None) -> str:
     for place, magic, name in _CONTAINERS:
         if content[place : place + len(magic)] == magic:
             return name
+    if codec == "flac":
+        return "FLAC, from the middle"
     if content[:3] == b"ID3" or content[:1] == b"\xff":
         return "ADTS" if codec == "aac" else "MPEG audio"
     return "none" if content else "an empty file"

@@ -70,7 +70,7 @@ _SAMPLES: dict[str, tuple[type[np.generic], int, float]] = {
 # frames, and all that it would look at no sync word of DTS, which may follow silence.
 _PCM16_WAV = re.compile(rb"(?s)R(?:IFF|F64).{4}WAVE.*?fmt .{4}(?:\x01\x00|\xfe\xff).{12}\x10\x00")
 _HEADER_BYTES = 4_096  # in which "fmt " is looked for
-_PROBED_BYTES = 32_768
+_PROBED_BYTES = 16_384
 _DTS_WITHIN_BYTES = 600_000  # ffmpeg's 32 packets of stereo at 48 kHz, and a header
 _PROBE_LESS = {"max_probe_packets": "2"}
 _DTS_SYNC_WORDS = (  # as 16-bit little-endian samples; ETSI TS 102 114
@@ -518,6 +518,7 @@ class AudioDecoder:
         """
         loss, decoded_any, in_vain = self._loss, False, 0
         timed = container.format.name in _TIMED
+        tick_s = float(stream.time_base)
         due_s: float | None = None
         last: av.Packet | None = None
         while in_vain < _TRIES_TO_READ_ON:
@@ -542,7 +543,7 @@ class AudioDecoder:
                         loss.decoded(first=not decoded_any)
                         decoded_any = True
                         if timed:
-                            due_s = self._gap(frames, due_s)
+                            due_s = self._gap(frames, tick_s, due_s)
                         yield from frames
                 break
             except av.FFmpegError as error:
@@ -558,11 +559,12 @@ class AudioDecoder:
             short = last.is_corrupt and container.format.name not in ("wav", "w64", "caf")
             self._broken_frame = short or stated > last.size
 
-    def _gap(self, frames: list[av.AudioFrame], due_s: float | None) -> float | None:
+    def _gap(self, frames: list[av.AudioFrame], tick_s: float, due_s: float | None) -> float | None:
         """When the next frame is due; counts how much later than `due_s` these are."""
         for frame in frames:
-            if frame.pts is not None and frame.time_base:
-                at_s = float(frame.pts * frame.time_base)
+            pts = frame.pts
+            if pts is not None:
+                at_s = pts * tick_s
                 if due_s is not None and _GAP_S < at_s - due_s < _LEAP_S:
                     self._loss.gaps_s += at_s - due_s
                 due_s = at_s
