@@ -120,6 +120,8 @@ def test_a_scored_clip_reads_back_as_it_was_written(tmp_path: Path) -> None:
             "clip_id": "set-0123456789ab/a.wav",
             "shard": "/data/set.tar",
             "member": "a.wav",
+            "start_s": None,
+            "end_s": None,
             "duration_s": 1.5,
             "sample_rate": 44_100,
             "channels": 2,
@@ -588,3 +590,15 @@ def test_a_partial_file_of_a_killed_process_is_removed(tmp_path: Path) -> None:
 def test_nothing_is_removed_where_there_is_no_output_yet(tmp_path: Path) -> None:
     remove_abandoned(tmp_path / "out", tmp_path / "out" / CLIPS_FOLDER)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clip_that_counts_in_part_has_scores_and_is_not_failed(tmp_path: Path) -> None:
+    fault = ClipError("decode", "Truncated", "1.00 s of 2.50 s are missing: the file ends early")
+    half = good("c.wav", error=fault, start_s=1.0, end_s=3.5)
+    table = written(tmp_path, half, failed())
+    row, _ = table.to_pylist()
+    assert (row["scores"], row["error"]["type"]) == ([0.125, 0.25, 0.75], "Truncated")
+    assert (row["start_s"], row["end_s"], row["duration_s"]) == (1.0, 3.5, 1.5)
+    summary = summary_of(destination(tmp_path))
+    assert (summary.clips, summary.failed, summary.partial) == (2, 1, 1)
+    assert summary.failures["decode/Truncated"] == 1

@@ -50,6 +50,7 @@ _HEADERS_OF_FILE = frozenset(("matroska", "flv"))
 # Containers with a time in each page or packet, so that a lost one shows.
 _TIMED = frozenset(("ogg", "matroska,webm", "mpegts", "mpeg", "asf", "wtv", "rm", "flv"))
 _GAP_S = 0.1
+_TAGS = (b"ID3", b"TAG", b"APETAGEX")  # between one recording and the next
 _LEAP_S = 60.0  # another recording begins, or the clock was set
 
 # A clip may be a playlist; what it names is not opened.
@@ -69,7 +70,7 @@ _SAMPLES: dict[str, tuple[type[np.generic], int, float]] = {
 # frames, and all that it would look at no sync word of DTS, which may follow silence.
 _PCM16_WAV = re.compile(rb"(?s)R(?:IFF|F64).{4}WAVE.*?fmt .{4}(?:\x01\x00|\xfe\xff).{12}\x10\x00")
 _HEADER_BYTES = 4_096  # in which "fmt " is looked for
-_PROBED_BYTES = 32_768
+_PROBED_BYTES = 16_384
 _DTS_WITHIN_BYTES = 600_000  # ffmpeg's 32 packets of stereo at 48 kHz, and a header
 _PROBE_LESS = {"max_probe_packets": "2"}
 _DTS_SYNC_WORDS = (  # as 16-bit little-endian samples; ETSI TS 102 114
@@ -231,6 +232,7 @@ class AudioDecoder:
         self._skipped = 0  # samples that were seeked over
         self._position = 0  # samples decoded so far, those included
         self.facts: SourceFacts | None = None
+        self.library: str | None = None  # the one that decoded last: "ffmpeg" or "libsndfile"
 
     def mono(
         self, sample_rate: int, start_s: float | None = None, end_s: float | None = None
@@ -410,6 +412,7 @@ class AudioDecoder:
         try:
             yield from self._soundfile_blocks()
         except soundfile.LibsndfileError as error:
+            self._watch.check()
             if self._begun:
                 self._loss.broken_off = True
                 return
@@ -461,6 +464,7 @@ class AudioDecoder:
     def _ffmpeg_blocks(
         self, start_s: float, *, doubting: bool = False
     ) -> Iterator[NDArray[np.float32]]:
+        self.library = "ffmpeg"
         pcm16, certain = self._holds_pcm16()
         options = _NO_OTHER_FILES | (_PROBE_LESS if certain else {})
         with av.open(self._file, mode="r", metadata_errors="replace", options=options) as container:
@@ -514,6 +518,7 @@ class AudioDecoder:
         """
         loss, decoded_any, in_vain = self._loss, False, 0
         timed = container.format.name in _TIMED
+        tick_s = float(stream.time_base)
         due_s: float | None = None
         last: av.Packet | None = None
         while in_vain < _TRIES_TO_READ_ON:
@@ -524,10 +529,12 @@ class AudioDecoder:
                     try:
                         frames = packet.decode()
                     except av.FFmpegError as error:
-                        if packet.size:  # else it marks the end, or a gap
+                        # Without bytes it marks the end, or a gap.
+                        if packet.size and not bytes(packet)[:8].startswith(_TAGS):
                             seconds = float(packet.duration or 0) * float(packet.time_base)
                             loss.add(max(0.0, seconds), error)
-                            if doubting and not self._begun:
+                            # Of MPEG audio libsndfile gets no further, and prints about it.
+                            if doubting and not self._begun and stream.codec_context.name == "flac":
                                 raise _Doubt from error
                         continue
                     if packet.size:
@@ -536,7 +543,7 @@ class AudioDecoder:
                         loss.decoded(first=not decoded_any)
                         decoded_any = True
                         if timed:
-                            due_s = self._gap(frames, due_s)
+                            due_s = self._gap(frames, tick_s, due_s)
                         yield from frames
                 break
             except av.FFmpegError as error:
@@ -552,11 +559,12 @@ class AudioDecoder:
             short = last.is_corrupt and container.format.name not in ("wav", "w64", "caf")
             self._broken_frame = short or stated > last.size
 
-    def _gap(self, frames: list[av.AudioFrame], due_s: float | None) -> float | None:
+    def _gap(self, frames: list[av.AudioFrame], tick_s: float, due_s: float | None) -> float | None:
         """When the next frame is due; counts how much later than `due_s` these are."""
         for frame in frames:
-            if frame.pts is not None and frame.time_base:
-                at_s = float(frame.pts * frame.time_base)
+            pts = frame.pts
+            if pts is not None:
+                at_s = pts * tick_s
                 if due_s is not None and _GAP_S < at_s - due_s < _LEAP_S:
                     self._loss.gaps_s += at_s - due_s
                 due_s = at_s
@@ -591,6 +599,7 @@ class AudioDecoder:
         container.seek(0, stream=stream)
 
     def _soundfile_blocks(self) -> Iterator[NDArray[np.float32]]:
+        self.library = "libsndfile"
         with soundfile.SoundFile(_Unnamed(self._file)) as sound:
             codec = _SOUNDFILE_CODECS.get(sound.subtype, sound.subtype.lower())
             if sound.endian == "BIG":
@@ -758,7 +767,10 @@ class _Unnamed:
             return self._file.seek(0)
 
     def readinto(self, buffer: memoryview) -> int:
-        content = self._file.read(len(buffer))
+        try:
+            content = self._file.read(len(buffer))
+        except ClipError:  # out of time; here it would only be printed, and is raised again
+            return 0
         buffer[: len(content)] = content
         return len(content)
 
@@ -799,7 +811,8 @@ def _joined(frames: list[av.AudioFrame]) -> NDArray[np.float32]:
         for of_plane, plane in zip(views, frame.planes, strict=True):
             of_plane.append(np.frombuffer(plane, dtype, count))
     joined = np.empty((planes, sum(map(len, views[0]))), np.float32)
-    with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite, and refused as such
+    # A float64 beyond float32 is infinite, and refused as such, like what is no number.
+    with np.errstate(over="ignore", invalid="ignore"):
         for row, of_plane in zip(joined, views, strict=True):
             np.concatenate(of_plane, out=row, casting="same_kind")
     if silence:

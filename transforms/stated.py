@@ -343,9 +343,11 @@ def holds_bitstream(content: bytes) -> bool:
 
     Bytes of AC-3 may be swapped, as they are where it poses as samples.
     """
-    if any(content.count(word) >= 3 for word in (b"\x0b\x77", b"\x77\x0b")):
-        return True
     values = np.frombuffer(content, np.uint8).astype(np.int32)
+    for first, second in ((0x0B, 0x77), (0x77, 0x0B)):
+        gaps = np.diff(np.flatnonzero((values[:-1] == first) & (values[1:] == second)))
+        if (np.abs(np.diff(gaps)) <= 2).any():  # AC-3 at 44.1 kHz has frames of two sizes
+            return True
     at = np.flatnonzero((values[:-5] == 0xFF) & (values[1:-4] >= 0xE0))
     second, third = values[at + 1], values[at + 2]
     layer = second >> 1 & 3
