@@ -176,7 +176,7 @@ def killed_retries(chaos: Chaos, number: int) -> dict[str, Any]:
     killed = 0
     for _ in range(number):
         pid = chaos.start(["retry", str(output), "--device", "cpu"])
-        time.sleep(chaos.chance.uniform(0, chaos.wall_s))
+        time.sleep(chaos.chance.uniform(0.05, 0.4) * chaos.wall_s)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
         killed += chaos.wait(pid) == -signal.SIGKILL
@@ -370,6 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shards", type=int, default=6)
     parser.add_argument("--clips", type=int, default=12, help="clips in a shard")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append", metavar="FAULT", help="such as sigkill")
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="earmark-chaos-") as name:
@@ -387,6 +388,8 @@ def main(argv: list[str] | None = None) -> int:
             ("jumping clock", lambda: jumping_clock(chaos, args.times)),
             ("little memory", lambda: little_memory(chaos, args.times)),
         ):
+            if args.only and fault not in args.only:
+                continue
             known, outputs, started = len(chaos.wrong), chaos.outputs, time.monotonic()
             told = does()
             result[fault] = {
