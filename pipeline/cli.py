@@ -11,6 +11,7 @@ import click
 from pipeline import __version__, flags
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
+from pipeline.look import compare, report
 from pipeline.options import AnnotateOptions, UsageError, split_beam_options
 from pipeline.retag import retag
 from pipeline.terminal import EXIT_FAILURES, EXIT_INTERRUPTED, errors_said, quiet
@@ -251,8 +252,10 @@ def schema(
             raise UsageError(str(error)) from error
 
 
+cli.add_command(compare)
 cli.add_command(distill)
 cli.add_command(evaluate)
+cli.add_command(report)
 cli.add_command(retag)
 
 

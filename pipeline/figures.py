@@ -105,7 +105,12 @@ def _svg(draw: Callable[[Any], None], about: str, size: tuple[float, float] = (5
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{mark}-", svg)
     svg = svg.replace(_INK, "currentColor").replace(_BARS, "var(--accent)")
     svg = re.sub(r"font-family: [^;\"]+;?", "", svg)
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r' height="[\d.]+pt"', "", svg, count=1), count=1)
+    svg = re.sub(
+        r'<svg ([^>]*?)width="[^"]*"',
+        r"<svg \1",
+        re.sub(r' height="[\d.]+pt"', "", svg, count=1),
+        count=1,
+    )
     return svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(about)}" ', 1)
 
 

@@ -7,9 +7,9 @@ import hashlib
 import html
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from importlib import resources
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,11 @@ class Media:
         self._numbers: dict[Wanted, int] = {}
         self.data: list[dict[str, str]] = []
         self.audio_bytes = self.sounds = self.silenced = 0
+
+    @property
+    def absent(self) -> Counter[str]:
+        """Why clips have neither sound nor picture."""
+        return Counter(self._previews.absent.values())
 
     def take(self, wanted: Iterable[Wanted]) -> None:
         """Gives room to previews, the first first."""
@@ -114,7 +119,12 @@ def render(
     data = json.dumps(
         {"sections": sections, "previews": media.data}, ensure_ascii=False, allow_nan=False
     )
-    for mark, safe in (("<", "\\u003c"), (">", "\\u003e"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+    for mark, safe in (
+        ("<", "\\u003c"),
+        (">", "\\u003e"),
+        ("\u2028", "\\u2028"),
+        ("\u2029", "\\u2029"),
+    ):
         data = data.replace(mark, safe)
     parts = {
         "SCRIPT_HASH": digest,
@@ -127,20 +137,8 @@ def render(
         "DATA": data,
         "SCRIPT": script,
     }
-    # Piece by piece, so that what is put in is not searched for marks.
-    page = here.joinpath("page.html").read_text("utf-8").split("@")
-    return "".join(parts.get(piece, piece) if number % 2 else piece for number, piece in _marked(page))
-
-
-def _marked(pieces: Sequence[str]) -> Iterable[tuple[int, str]]:
-    """Numbers pieces of the template so that marks are odd; an @ of the style is put back."""
-    names = {"SCRIPT_HASH", "TITLE", "SUBTITLE", "FOOTER", "FIGURES", "DATA", "SCRIPT"}
-    for place, piece in enumerate(pieces):
-        if piece in names:
-            yield 1, piece
-            continue
-        joined = place > 0 and pieces[place - 1] not in names
-        yield 0, ("@" if joined else "") + piece
+    page = here.joinpath("page.html").read_text("utf-8")
+    return re.sub(r"@([A-Z_]+)@", lambda mark: parts[mark[1]], page)
 
 
 # -------------------------------------------------------------------- a report
@@ -165,19 +163,16 @@ def wanted_row(row: Mapping[str, Any], best_s: float | None = None) -> Wanted:
 
 def wanted_in(measured: Report) -> list[Wanted]:
     """The clips of a report that are to be heard, the most telling first."""
-    order = {"best": 0, "borderline": 1, "random": 2}
-    ranked = [
-        (place // 3, order[shown.kind], number, wanted_of(shown, index))
-        for number, (index, clips) in enumerate(measured.shown.items())
-        for place, shown in enumerate(clips)
-    ]
-    # The first of each kind of every label before the second of any.
-    counts: Counter[tuple[int, int]] = Counter()
-    keyed = []
-    for _, kind, number, wanted in ranked:
-        keyed.append((counts[number, kind], kind, number, wanted))
-        counts[number, kind] += 1
-    keyed.sort(key=lambda item: item[:3])
+    keyed: list[tuple[int, int, Wanted]] = []
+    for index, clips in measured.shown.items():
+        seen: Counter[str] = Counter()
+        for shown in clips:
+            # The first of each kind of every label before the second of any.
+            keyed.append(
+                (seen[shown.kind], list(_KINDS).index(shown.kind), wanted_of(shown, index))
+            )
+            seen[shown.kind] += 1
+    keyed.sort(key=lambda item: item[:2])
     return list(dict.fromkeys(wanted for *_, wanted in keyed))
 
 
@@ -200,7 +195,9 @@ def report_page(measured: Report, source: Source, media: Media) -> str:
         _section("Making", _making(source)),
     ]
     name = PurePosixPath(source.uri.rstrip("/")).name or source.uri
-    subtitle = f"{measured.clips:,} clips, {_hours(measured.audio_s)} of audio, tagged by {source.name}"
+    subtitle = (
+        f"{measured.clips:,} clips, {_hours(measured.audio_s)} of audio, tagged by {source.name}"
+    )
     return render(f"What {name} holds", subtitle, sections, media, svgs)
 
 
@@ -233,16 +230,17 @@ def _overview(measured: Report, source: Source) -> list[Block]:
                 ["Audio", _hours(measured.audio_s)],
                 ["With a tag", _of(tagged, measured.scored)],
                 ["Tags a clip", f"{measured.tags / max(1, measured.scored):.2f}"],
-                ["Labels seen", f"{sum(f.clips > 0 for f in measured.labels):,} of {len(measured.labels):,}"],
+                [
+                    "Labels seen",
+                    f"{sum(f.clips > 0 for f in measured.labels):,} of {len(measured.labels):,}",
+                ],
                 ["Failed", f"{measured.failed:,}"],
                 ["Partly broken", f"{measured.partly:,}"],
                 ["Equal copies", f"{measured.equal.clips - measured.equal.groups:,}"],
             ],
         }
     ]
-    blocks += [
-        _text(f"Left out: {visible(said)}.", warn=True) for said in measured.unreadable
-    ]
+    blocks += [_text(f"Left out: {visible(said)}.", warn=True) for said in measured.unreadable]
     if source.summary.get("clips", measured.clips) != measured.clips:
         blocks.append(
             _text(
@@ -317,7 +315,9 @@ def _listen(measured: Report, media: Media) -> list[Block]:
         kinds = []
         for kind, name in _KINDS.items():
             cards = [
-                media.card(shown.row, wanted_of(shown, index), _chips(shown.row, facts, shown.score))
+                media.card(
+                    shown.row, wanted_of(shown, index), _chips(shown.row, facts, shown.score)
+                )
                 for shown in clips
                 if shown.kind == kind
             ]
@@ -351,10 +351,7 @@ def _together(measured: Report) -> list[Block]:
     if len(top) < 2:
         return [_text("Fewer than two labels are tags: none are there together.")]
     shares = [
-        [
-            round(100 * int(measured.pairs[a.label.index, b.label.index]) / a.clips)
-            for b in top
-        ]
+        [round(100 * int(measured.pairs[a.label.index, b.label.index]) / a.clips) for b in top]
         for a in top
     ]
     counts = np.array([facts.clips for facts in measured.labels])
@@ -364,8 +361,7 @@ def _together(measured: Report) -> list[Block]:
     best = np.argsort(-together * np.log(np.maximum(lift, 1)), kind="stable")[:_PAIRS]
     names = [visible(facts.label.name) for facts in measured.labels]
     rows = [
-        [names[one[i]], names[other[i]], int(together[i]), float(lift[i])]
-        for i in best.tolist()
+        [names[one[i]], names[other[i]], int(together[i]), float(lift[i])] for i in best.tolist()
     ]
     blocks: list[Block] = [
         _text(
@@ -380,7 +376,12 @@ def _together(measured: Report) -> list[Block]:
         },
     ]
     if rows:
-        columns = [("Label", "text"), ("and", "text"), ("Clips", "bar"), ("Times as often as by chance", "number", 1)]
+        columns = [
+            ("Label", "text"),
+            ("and", "text"),
+            ("Clips", "bar"),
+            ("Times as often as by chance", "number", 1),
+        ]
         blocks.append(
             _table("Pairs that go together", columns, rows, search="Find a pair", limit=12)
         )
@@ -405,7 +406,11 @@ def _ontology(measured: Report) -> list[Block]:
             "below": below,
         }
 
-    roots = [tree(mid) for mid, node in ontology.items() if not node.parent_mids and measured.nodes.get(mid)]
+    roots = [
+        tree(mid)
+        for mid, node in ontology.items()
+        if not node.parent_mids and measured.nodes.get(mid)
+    ]
     roots.sort(key=lambda node: (-node["clips"], node["name"]))
     outside = [
         {"name": visible(facts.label.name), "clips": facts.clips, "own": facts.clips, "below": []}
@@ -427,7 +432,9 @@ def _ontology(measured: Report) -> list[Block]:
             {"type": "tree", "nodes": outside, "about": "Labels outside the ontology"},
         ]
     absent = [facts for facts in measured.labels if not facts.clips]
-    blocks.append(_text(f"{len(absent):,} of {len(measured.labels):,} labels are the tag of no clip."))
+    blocks.append(
+        _text(f"{len(absent):,} of {len(measured.labels):,} labels are the tag of no clip.")
+    )
     return blocks
 
 
@@ -435,12 +442,13 @@ def _suspects(measured: Report) -> list[Block]:
     suspects = [
         facts
         for facts in measured.labels
-        if facts.threshold is not None
-        and facts.just_below >= max(_SUSPECT_CLIPS, facts.clips)
+        if facts.threshold is not None and facts.just_below >= max(_SUSPECT_CLIPS, facts.clips)
     ]
     suspects.sort(key=lambda facts: (-facts.just_below / (facts.clips + 1), facts.label.index))
     everywhere = [
-        facts for facts in measured.labels if measured.scored >= 20 and facts.clips > 0.5 * measured.scored
+        facts
+        for facts in measured.labels
+        if measured.scored >= 20 and facts.clips > 0.5 * measured.scored
     ]
     blocks = [
         _text(
@@ -522,7 +530,11 @@ def _duplicates(measured: Report) -> list[Block]:
         ),
     ]
     blocks += _groups("The largest groups of equal bytes", equal)
-    some = f" the first {similar.looked_at:,} clips" if similar.looked_at < measured.scored else f" {similar.looked_at:,} clips"
+    some = (
+        f" the first {similar.looked_at:,} clips"
+        if similar.looked_at < measured.scored
+        else f" {similar.looked_at:,} clips"
+    )
     blocks += [
         {"type": "heading", "text": "Nearly the same"},
         _text(
@@ -557,7 +569,12 @@ def _failures(measured: Report) -> list[Block]:
         ]
         for reason in measured.reasons
     ]
-    columns = [("Reason", "text"), ("Clips", "bar"), ("With scores", "number"), ("Examples", "wide")]
+    columns = [
+        ("Reason", "text"),
+        ("Clips", "bar"),
+        ("With scores", "number"),
+        ("Examples", "wide"),
+    ]
     return [
         _text(
             f"{measured.failed:,} of {measured.clips:,} clips have no scores. {measured.partly:,} are partly "
@@ -573,7 +590,9 @@ def _clip_table(measured: Report) -> list[Block]:
         [
             visible(str(row["clip_id"])),
             row["duration_s"],
-            ", ".join(f"{visible(tag['name'])} {tag['score']:.2f}" for tag in (row["tags"] or ())[:_CHIPS]),
+            ", ".join(
+                f"{visible(tag['name'])} {tag['score']:.2f}" for tag in (row["tags"] or ())[:_CHIPS]
+            ),
             _finite(row["rms_dbfs"]),
             _finite(row["peak_dbfs"]),
             visible(row["error"]["type"]) if row["error"] else "",
@@ -585,7 +604,11 @@ def _clip_table(measured: Report) -> list[Block]:
         ("Peak dBFS", "number", 1), ("Error", "text"),
     ]  # fmt: skip
     every = len(rows) == measured.clips
-    caption = f"All {len(rows):,} clips" if every else f"{len(rows):,} of {measured.clips:,} clips, drawn at random"
+    caption = (
+        f"All {len(rows):,} clips"
+        if every
+        else f"{len(rows):,} of {measured.clips:,} clips, drawn at random"
+    )
     return [_table(caption, columns, rows, search="Find a clip by name or tag", limit=20)]
 
 
@@ -610,7 +633,13 @@ def _speed(source: Source) -> list[Block]:
             if isinstance(profile[side], dict)
             for stage, took in profile[side].items()
         ]
-        columns = [("Side", "text"), ("Stage", "text"), ("Seconds", "bar", 2), ("%", "number", 1), ("ms a clip", "number", 2)]
+        columns = [
+            ("Side", "text"),
+            ("Stage", "text"),
+            ("Seconds", "bar", 2),
+            ("%", "number", 1),
+            ("ms a clip", "number", 2),
+        ]
         blocks.append(_table("Where the time of the workers went", columns, stages))
     return blocks
 
@@ -637,7 +666,13 @@ def _making(source: Source) -> list[Block]:
     ]
     return [
         {"type": "facts", "rows": [[name, visible(str(value))] for name, value in rows]},
-        _table("Options, those that change scores first", [("Option", "text"), ("Value", "wide")], settings, search="Find an option", limit=40),
+        _table(
+            "Options, those that change scores first",
+            [("Option", "text"), ("Value", "wide")],
+            settings,
+            search="Find an option",
+            limit=40,
+        ),
     ]
 
 
@@ -672,11 +707,16 @@ def comparison_page(comparison: Comparison, media: Media) -> str:
             figures.scatter(
                 np.array([one.tags_a / clips for one in counts]),
                 np.array([one.tags_b / clips for one in counts]),
-                "share of clips tagged in A", "share in B", about,
-            )  # fmt: skip
+                "share of clips tagged in A",
+                "share in B",
+                about,
+            )
         )
         blocks.append(
-            {"type": "figures", "figures": [{"id": "figure-0", "caption": f"{about}; a point is a label."}]}
+            {
+                "type": "figures",
+                "figures": [{"id": "figure-0", "caption": f"{about}; a point is a label."}],
+            }
         )
     cards = [
         media.card(
@@ -688,9 +728,7 @@ def comparison_page(comparison: Comparison, media: Media) -> str:
         )
         for change in comparison.changes
     ]
-    making = [
-        [name, visible(_json(a)), visible(_json(b))] for name, a, b in comparison.differences
-    ]
+    making = [[name, visible(_json(a)), visible(_json(b))] for name, a, b in comparison.differences]
     sections = [
         _section("Agreement", blocks),
         _section("Labels", [

@@ -303,9 +303,7 @@ class _Tally:
         rows = np.arange(first, first + batch.num_rows)
         report.clips += batch.num_rows
         self._add_facts(batch)
-        self.table.offer(
-            file, rows, self._random.random(batch.num_rows), np.zeros(batch.num_rows)
-        )
+        self.table.offer(file, rows, self._random.random(batch.num_rows), np.zeros(batch.num_rows))
         scores, scored = self._scores_of(batch)
         self._add_errors(file, first, batch, scored)
         report.scored += len(scores)
@@ -389,9 +387,7 @@ class _Tally:
     def _add_scores(self, scores: NDArray[np.float32]) -> None:
         scores = np.ascontiguousarray(scores)
         bins = _BIN_OF[np.minimum(scores.view(np.uint32) >> 16, len(_BIN_OF) - 1)]
-        self._bins += np.bincount(
-            (bins + self._offsets).ravel(), minlength=self._labels * BINS
-        )
+        self._bins += np.bincount((bins + self._offsets).ravel(), minlength=self._labels * BINS)
         self._sums += scores.sum(axis=0, dtype=np.float64)
         np.maximum(self._highest, scores.max(axis=0), out=self._highest)
         near = (scores >= self._below) & (scores < self._thresholds)
@@ -531,7 +527,9 @@ class _Tally:
         pairs = self._pairs.reshape(count, count)
         report.pairs = pairs + pairs.T
         report.nodes = {
-            mid: int(clips) for mid, clips in zip(self._nodes, self._node_clips, strict=True) if clips
+            mid: int(clips)
+            for mid, clips in zip(self._nodes, self._node_clips, strict=True)
+            if clips
         }
         report.equal, self.equal_examples = self._equal()
         report.similar, self.similar_examples = self._similar()

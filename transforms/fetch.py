@@ -46,7 +46,14 @@ def fetch_clips(
             yield from _of_container(uri, members, access)
         else:
             yield from _of_folder(uri, members, access)
-    except (OSError, ValueError, ImportError, InputError, tarfile.TarError, pa.ArrowException) as error:
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        InputError,
+        tarfile.TarError,
+        pa.ArrowException,
+    ) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
         raise FetchError(f"{reason or type(error).__name__}") from error
 
