@@ -147,18 +147,19 @@ def render(
 def wanted_of(shown: report.Shown, index: int) -> Wanted:
     """What a preview needs to know of a clip that a label shows."""
     chunks = shown.row.get("chunks")
-    best_s = None
-    if chunks and len(chunks) > 1:
-        best_s = max(chunks, key=lambda chunk: chunk["scores"][index])["start_s"]
-    return wanted_row(shown.row, best_s)
+    if not chunks or len(chunks) < 2:
+        return wanted_row(shown.row)
+    best = max(chunks, key=lambda chunk: chunk["scores"][index])
+    return wanted_row(shown.row, best["start_s"], best["end_s"])
 
 
-def wanted_row(row: Mapping[str, Any], best_s: float | None = None) -> Wanted:
+def wanted_row(
+    row: Mapping[str, Any], best_s: float | None = None, best_end_s: float | None = None
+) -> Wanted:
     """What a preview needs to know of a row."""
-    return Wanted(
-        row["shard"], row["member"] or "", row.get("audio_xxh128"), row.get("start_s"),
-        row.get("end_s"), best_s,
-    )  # fmt: skip
+    part = row.get("start_s"), row.get("end_s")
+    member = row["member"] or ""
+    return Wanted(row["shard"], member, row.get("audio_xxh128"), *part, best_s, best_end_s)
 
 
 def wanted_in(measured: Report) -> list[Wanted]:
@@ -444,7 +445,7 @@ def _suspects(measured: Report) -> list[Block]:
         for facts in measured.labels
         if facts.threshold is not None and facts.just_below >= max(_SUSPECT_CLIPS, facts.clips)
     ]
-    suspects.sort(key=lambda facts: (-facts.just_below / (facts.clips + 1), facts.label.index))
+    suspects.sort(key=lambda facts: (-facts.just_below / max(1, facts.clips), facts.label.index))
     everywhere = [
         facts
         for facts in measured.labels
@@ -551,7 +552,7 @@ def _groups(caption: str, alike: report.Alike) -> list[Block]:
     if not alike.examples:
         return []
     rows = [
-        [count, visible(", ".join(names)) + (", …" if count > len(names) else "")]
+        [count, "\n".join([*map(visible, names), *["…"] * (count > len(names))])]
         for count, names in alike.examples
     ]
     return [_table(caption, [("Clips", "number"), ("Of them", "wide")], rows)]
@@ -565,7 +566,7 @@ def _failures(measured: Report) -> list[Block]:
             visible(f"{reason.stage}/{reason.type}"),
             reason.clips,
             reason.partly,
-            visible("; ".join(f"{clip}: {message}" for clip, message in reason.examples)),
+            "\n".join(visible(f"{clip}: {message}") for clip, message in reason.examples),
         ]
         for reason in measured.reasons
     ]

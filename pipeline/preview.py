@@ -38,6 +38,7 @@ class Wanted:
     start_s: float | None = None  # the part of the recording that the clip is; None: from its start
     end_s: float | None = None
     best_s: float | None = None  # where in the clip the piece begins; None: where it is loudest
+    best_end_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,21 @@ def preview(encoded: EncodedClip, wanted: Wanted) -> Preview:
         ClipError: the audio cannot be decoded.
     """
     first_s = wanted.start_s or 0.0
-    looked_s = PIECE_S if wanted.best_s is not None else LOOKED_S
     from_s = first_s + (wanted.best_s or 0.0)
+    looked_s = LOOKED_S
+    if wanted.best_s is not None:
+        until = wanted.best_s + PIECE_S if wanted.best_end_s is None else wanted.best_end_s
+        looked_s = min(PIECE_S + 0.5, until - wanted.best_s)
     until_s = min(from_s + looked_s, wanted.end_s if wanted.end_s is not None else float("inf"))
     samples = _part(
         AudioDecoder(encoded.audio).mono(SAMPLE_RATE),
         round(from_s * SAMPLE_RATE),
         None if until_s == float("inf") else round(until_s * SAMPLE_RATE),
     )
-    start = 0 if wanted.best_s is not None else _loudest(samples)
-    piece = samples[start : start + round(PIECE_S * SAMPLE_RATE)]
+    start, piece = 0, samples
+    if wanted.best_s is None:
+        start = _loudest(samples)
+        piece = samples[start : start + round(PIECE_S * SAMPLE_RATE)]
     if not len(piece):
         raise ClipError("decode", "NoAudio", "no audio is there")
     start_s = (wanted.best_s or 0.0) + start / SAMPLE_RATE
