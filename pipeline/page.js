@@ -23,7 +23,7 @@
   const whole = new Intl.NumberFormat("en");
   const shown = (value, digits) => value === null || value === undefined ? "" :
     digits === undefined ? whole.format(value) :
-    new Intl.NumberFormat("en", {minimumFractionDigits: digits, maximumFractionDigits: digits}).format(value);
+    new Intl.NumberFormat("en", {minimumFractionDigits: digits, maximumFractionDigits: digits, signDisplay: "negative"}).format(value);
   const plain = (value) => String(value ?? "").normalize("NFKC").toLowerCase();
   let ids = 0;
 

@@ -74,13 +74,12 @@ def previews(
             result.absent |= dict.fromkeys(clips, why)
             continue
         why = "its source no longer holds it"
-        changed: set[str] = set()
+        changed: set[Wanted] = set()
         try:
             for encoded in fetch_clips(shard, {clip.member for clip in clips}, access):
                 of_member = [clip for clip in clips if clip.member == encoded.member]
                 same = [c for c in of_member if c.xxh128 in (None, encoded.xxh128)]
-                if not same:
-                    changed.add(encoded.member)
+                changed.update(clip for clip in of_member if clip not in same)
                 for clip in same:
                     encoded.audio.seek(0)
                     try:
@@ -93,7 +92,7 @@ def previews(
             why = f"its source cannot be read: {error}"
         for clip in clips:
             if clip not in result.found:
-                said = "its source holds other audio by now" if clip.member in changed else why
+                said = "its source holds other audio by now" if clip in changed else why
                 result.absent.setdefault(clip, said)
     return result
 

@@ -453,7 +453,7 @@ class _Tally:
             for place, (start_s, end_s) in enumerate(of_rows):
                 if start_s is not None or end_s is not None:
                     text = f"{hashes[place].decode()} {start_s} {end_s}"
-                    hashes[place] = xxhash.xxh128_hexdigest(text).encode()
+                    hashes[place] = xxhash.xxh128_hexdigest(text.encode()).encode()
         self._hashes.append(hashes)
         self._hash_places.append(_places(file, rows[valid]))
 
