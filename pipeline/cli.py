@@ -13,6 +13,7 @@ from pipeline import __version__, flags
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.export import export
+from pipeline.look import compare, report
 from pipeline.options import AnnotateOptions, UsageError, split_beam_options
 from pipeline.query import query
 from pipeline.retag import retag
@@ -324,10 +325,12 @@ def schema(
             raise UsageError(str(error)) from error
 
 
+cli.add_command(compare)
 cli.add_command(distill)
 cli.add_command(evaluate)
 cli.add_command(export)
 cli.add_command(query)
+cli.add_command(report)
 cli.add_command(retag)
 cli.add_command(retry)
 cli.add_command(verify)

@@ -37,6 +37,7 @@ from transforms.write import CLIPS_FOLDER, RUN_FILE, Footer, ShardSummary, read_
 
 LABELS_FILE = "labels.parquet"
 SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"  # of `earmark report`, where no other place is named
 
 _VERSIONS_OF = (
     "torch", "transformers", "apache-beam", "pyarrow", "numpy", "av", "soundfile", "soxr"
@@ -211,7 +212,7 @@ def empty(output: Output) -> None:
     """Removes what earmark put into `output`, and nothing else."""
     if output.read(RUN_FILE) is not None:
         # run.json last: until then an interrupted --overwrite is still recognised.
-        remove_output(output, CLIPS_FOLDER, (LABELS_FILE, SUMMARY_FILE, RUN_FILE))
+        remove_output(output, CLIPS_FOLDER, (LABELS_FILE, SUMMARY_FILE, REPORT_FILE, RUN_FILE))
 
 
 def write_labels(output: Output, labels: Sequence[Label], thresholds: Thresholds) -> None:

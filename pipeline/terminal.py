@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -70,6 +71,17 @@ def errors_said(
             err=True,
         )
         sys.exit(EXIT_FAILURES)
+
+
+# Controls, line and paragraph separators, lone surrogates, and what turns the direction of writing.
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """A name from data as it may be shown: what moves a cursor or turns text becomes \\xNN, \\uNNNN."""
+    return _UNSEEN.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

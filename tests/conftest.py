@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
+import os
+import shutil
 import subprocess
 import tarfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -174,3 +179,105 @@ def earmark(
         return done.output
 
     return run
+
+
+class Chromium:
+    """A headless browser, driven by DevTools' own protocol over a pipe; one page at a time."""
+
+    def __init__(self, program: str, profile: Path) -> None:
+        commands, ours = os.pipe()
+        answers, theirs = os.pipe()
+        arguments = [
+            program, "--headless", "--no-sandbox", "--disable-gpu", "--mute-audio",
+            "--remote-debugging-pipe", "--autoplay-policy=no-user-gesture-required",
+            f"--user-data-dir={profile}", "about:blank",
+        ]  # fmt: skip
+        self._process = subprocess.Popen(
+            ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{theirs}', "chromium", *arguments],
+            pass_fds=(commands, theirs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(commands)
+        os.close(theirs)
+        self._write, self._read = os.fdopen(ours, "wb"), os.fdopen(answers, "rb")
+        self._number, self._session, self._rest = 0, None, b""
+        self.said: list[dict] = []  # events since `open`
+
+    def _next(self) -> dict:
+        while b"\0" not in self._rest:
+            block = os.read(self._read.fileno(), 1 << 16)
+            if not block:
+                raise RuntimeError("the browser is gone")
+            self._rest += block
+        message, _, self._rest = self._rest.partition(b"\0")
+        return json.loads(message)
+
+    def call(self, method: str, **parameters: object) -> dict:
+        """One command of the protocol, and its answer."""
+        self._number += 1
+        command = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            command["sessionId"] = self._session
+        self._write.write(json.dumps(command).encode() + b"\0")
+        self._write.flush()
+        while True:
+            message = self._next()
+            if message.get("id") == self._number:
+                assert "error" not in message, message
+                return message["result"]
+            self.said.append(message)
+
+    def open(self, file: Path, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
+        """Opens a file, and waits until its script is done."""
+        self._session = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        self.said.clear()
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
+        )  # fmt: skip
+        self.call("Page.navigate", url=file.absolute().as_uri())
+        self.until("document.documentElement?.dataset.ready === 'yes'")
+
+    def run(self, script: str) -> object:
+        """The value of an expression in the page; a promise is waited for."""
+        done = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
+        assert "exceptionDetails" not in done, done
+        return done["result"].get("value")
+
+    def until(self, script: str, limit_s: float = 60) -> None:
+        """Waits until an expression is true."""
+        end = time.monotonic() + limit_s
+        while not self.run(script):
+            assert time.monotonic() < end, f"not true within {limit_s} s: {script}; {self.said}"
+            time.sleep(0.05)
+
+    def screenshot(self, file: Path, whole: bool = False) -> None:
+        """Writes a PNG of what is seen, or of the whole page."""
+        done = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        file.write_bytes(base64.b64decode(done["data"]))
+
+    def close(self) -> None:
+        """Ends the browser."""
+        self._process.terminate()
+        self._process.wait(30)
+        self._write.close()
+        self._read.close()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    """A browser of this machine."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no chromium is installed")
+    browser = Chromium(program, tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
