@@ -10,6 +10,7 @@ import click
 
 from pipeline import __version__, flags
 from pipeline.distill import distill
+from pipeline.estimate import estimate_like
 from pipeline.evaluate import evaluate
 from pipeline.options import AnnotateOptions, UsageError, split_beam_options
 from pipeline.retag import retag
@@ -251,6 +252,7 @@ def schema(
             raise UsageError(str(error)) from error
 
 
+cli.add_command(estimate_like(annotate))
 cli.add_command(distill)
 cli.add_command(evaluate)
 cli.add_command(retag)

@@ -30,6 +30,7 @@ from apache_beam.options.pipeline_options import (
 )
 
 from pipeline import __version__, dataflow, ledger
+from pipeline.expected import ESTIMATE_FILE
 from pipeline.image import ImageUnknown, image_versions
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
 from pipeline.plan import Todo, named_inputs, plan_inputs, shards_of
@@ -103,6 +104,7 @@ class Outcome:
     audio_s: float  # of this run alone
     wall_s: float
     profile: dict[str, Any] | None  # of `pipeline.profile`; None where nothing was done or told
+    estimate: dict[str, Any] | None  # of `pipeline.expected`; None where there is none
 
     @property
     def failure_ratio(self) -> float:
@@ -260,7 +262,10 @@ def execute(
     if isinstance(job.output, LocalOutput):
         _remove_abandoned(job.output)
     published = ledger.finished_shards(job.output)
-    total, now = ledger.sum_up(job.output, published, job.finished, wall_s, metrics, profile)
+    stated = job.output.read(ESTIMATE_FILE)
+    total, now = ledger.sum_up(
+        job.output, published, job.finished, wall_s, metrics, profile, stated
+    )
     missing = sum(shard.id not in published for shard in job.todo)
     if missing:
         raise dataflow.JobFailed(
@@ -269,7 +274,12 @@ def execute(
         )
     # Another run may have divided the same folder otherwise in the meantime.
     ledger.refuse_other_divisions(job.output, job.planned_again, job.divided, published)
-    return Outcome(total, job.todo.shards, now.clips, now.audio_s, wall_s, profile)
+    estimate = None
+    if job.todo.shards:
+        estimate = ledger.beside_estimate(
+            stated, json.loads(job.run), job.todo.shards, now, wall_s, metrics
+        )
+    return Outcome(total, job.todo.shards, now.clips, now.audio_s, wall_s, profile, estimate)
 
 
 @contextmanager

@@ -289,6 +289,7 @@ def annotate_shard(
     meter: Meter,
     report: Callable[[], None] = lambda: None,
     pool: DecodePool | None = None,
+    clips: Iterable[EncodedClip | UnreadableClip] | None = None,
 ) -> ShardSummary:
     """Reads, decodes, scores and writes one shard, as one stream.
 
@@ -304,6 +305,7 @@ def annotate_shard(
         meter: counts what `transforms.meter` names.
         report: called after each clip, in this thread.
         pool: decodes in processes; without it a thread does.
+        clips: those of the shard, where they are in memory already; else they are read.
 
     Raises:
         OSError: the shard cannot be read or its file not be written; then no file
@@ -318,7 +320,8 @@ def annotate_shard(
     logger.info("begins %s", shard.uri)
     watches = _Watches()
     options = annotation.rows
-    clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
+    if clips is None:
+        clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
     ahead = _BATCHES_AHEAD * student.max_batch
     decoded = read_ahead(_decoded(clips, student.features, watches, pool), ahead, meter)
     scored = score_clips(
