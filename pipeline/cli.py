@@ -10,6 +10,7 @@ import click
 
 from pipeline import __version__, flags
 from pipeline.distill import distill
+from pipeline.doctor import doctor
 from pipeline.estimate import estimate_like
 from pipeline.evaluate import evaluate
 from pipeline.options import AnnotateOptions, UsageError, split_beam_options
@@ -254,6 +255,7 @@ def schema(
 
 cli.add_command(estimate_like(annotate))
 cli.add_command(distill)
+cli.add_command(doctor)
 cli.add_command(evaluate)
 cli.add_command(retag)
 

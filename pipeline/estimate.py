@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ def _estimate(options: dict[str, Any]) -> None:
         **{name: options[name] for name in SHARED},
     )
     job = prepare(asked)
-    before_s = process_age_s()
+    before_s, before_cpu_s = process_age_s(), time.process_time()
     if not job.todo.shards:
         raise UsageError(
             f"there is nothing to estimate: all {job.shards:,} shards have a file in {output}"
@@ -135,6 +136,7 @@ def _estimate(options: dict[str, Any]) -> None:
         sample,
         measured,
         before_s=before_s,
+        before_cpu_s=before_cpu_s,
         workers=workers,
         gpu=gpu,
         price_per_hour=options["price_per_hour"],
@@ -212,6 +214,12 @@ def show(estimate: dict[str, Any], console: Console) -> None:
         console.print(
             f"  {estimate['source']}", style="yellow", highlight=False, soft_wrap=True, markup=False
         )
+    at = estimate["machine"]
+    if at["busy"]:
+        console.print(
+            f"  Other work is on this machine (load {at['load']:.1f}, {at['cores']} cores): times are those of a busy one.",
+            style="yellow", highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
     priced = estimate["price_per_hour"] is not None
     columns = ["workers", "time", "worker hours", *(["cost"] if priced else [])]
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)

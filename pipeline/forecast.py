@@ -43,7 +43,11 @@ from transforms.sample import Part, Reservoir, Taken, draw_shards, extent_of, re
 from transforms.write import CLIPS_FOLDER, RUN_FILE
 
 INTERVAL = 0.8  # how often the truth is to be within a range
-SPEED_DRIFT = 0.1  # how far a machine's speed is taken to be from what a look of seconds shows
+# How far a machine's speed is taken to be from what a look of seconds shows, and how far where
+# other work wants its cores too.
+SPEED_DRIFT, BUSY_DRIFT = 0.1, 0.35
+BUSY_LOAD = 1.3  # processes that want to run, for each core
+TABLE_DRIFT = 0.03  # how far a large table's bytes a row are taken to be from a small one's
 
 _DRAWS = 32  # parts of shards of one kind
 _PART_BYTES = 4 << 20
@@ -139,6 +143,7 @@ class Measured:
         durations_s: of each clip of the sample that was reached; None where it failed.
         chunks: of each of them.
         pass_s: seconds of each pass over them.
+        pass_cpu_s: of all cores, that this process took for them.
         stages_s: seconds of a pass by stage, of `pipeline.profile.SIDES`.
         row_bytes: of the table, for a clip.
         file_bytes: of a table without rows.
@@ -149,11 +154,14 @@ class Measured:
     durations_s: list[float | None]
     chunks: list[int]
     pass_s: list[float]
+    pass_cpu_s: list[float]
     stages_s: dict[str, float]
     row_bytes: float
     file_bytes: int
     file_s: float
     startup_s: float
+    startup_cpu_s: float
+    load: float  # processes that wanted to run, on average, before the measuring
 
 
 # ------------------------------------------------------------------------ the sample
@@ -260,7 +268,7 @@ def measure(job: Job, sample: Sample, say: Callable[[str], None]) -> Measured:
             annotation_of(job, folder), output=output.uri, run=job.run, worker_processes=1
         )
         say("starting a run without shards")
-        started = time.monotonic()
+        load, started, cpu_s = load_average(), time.monotonic(), time.process_time()
         root = empty_pipeline(job.beam_options)
         annotate(root, Todo(), annotation)
         root.run().wait_until_finish()
@@ -270,13 +278,13 @@ def measure(job: Job, sample: Sample, say: Callable[[str], None]) -> Measured:
         # The first batch lays out memory and kernels, once a run.
         silence = np.zeros(student.features.chunk_samples, np.float32)
         student.score([silence] * student.max_batch)
-        startup_s = beam_s + time.monotonic() - started
+        startup = beam_s + time.monotonic() - started, time.process_time() - cpu_s
         say(f"tagging {len(sample.clips):,} clips here")
         pool = None
         if annotation.decode_processes:
             pool = DecodePool(student.features, annotation.decode_processes)
         try:
-            return _passes(sample, student, annotation, output, pool, startup_s)
+            return _passes(sample, student, annotation, output, pool, startup, load)
         finally:
             if pool is not None:
                 pool.close()
@@ -288,7 +296,8 @@ def _passes(
     annotation: Any,
     output: LocalOutput,
     pool: DecodePool | None,
-    startup_s: float,
+    startup: tuple[float, float],
+    load: float,
 ) -> Measured:
     def timed(name: str, clips: Sequence[Taken], ends: float | None) -> tuple[float, Meter]:
         meter = Meter()
@@ -304,13 +313,16 @@ def _passes(
     file_bytes = (Path(output.uri) / CLIPS_FOLDER / "empty-0.parquet").stat().st_size
     clips = [taken for _, taken in sample.clips]
     pass_s: list[float] = []
+    pass_cpu_s: list[float] = []
     stages: list[dict[str, float]] = []
     since = time.monotonic()
     for number in range(_PASSES):
         if number and time.monotonic() - since > _ENOUGH_S:
             break
         ends = since + _MEASURE_S if not number else None
+        cpu_s = time.process_time()
         seconds, meter = timed(f"sample-{number}", clips, ends)
+        pass_cpu_s.append(time.process_time() - cpu_s)
         pass_s.append(max(1e-6, seconds - statistics.median(empty)))
         _, values = meter.take()
         stages.append(
@@ -330,11 +342,14 @@ def _passes(
         durations_s=whole,
         chunks=[0 if s is None else max(1, math.ceil(s / student.features.chunk_s - 1e-6)) for s in whole],
         pass_s=pass_s,
+        pass_cpu_s=pass_cpu_s,
         stages_s={name: statistics.median(of[name] for of in stages) for name in stages[0]},
         row_bytes=row_bytes,
         file_bytes=file_bytes,
         file_s=statistics.median(empty),
-        startup_s=startup_s,
+        startup_s=startup[0],
+        startup_cpu_s=startup[1],
+        load=load,
     )  # fmt: skip
 
 
@@ -356,6 +371,7 @@ def project(
     measured: Measured,
     *,
     before_s: float,
+    before_cpu_s: float,
     workers: Sequence[int],
     gpu: str | None = None,
     price_per_hour: float | None = None,
@@ -368,6 +384,7 @@ def project(
         sample: of `draw_sample`.
         measured: of `measure`.
         before_s: what a run takes before it begins: Python, imports, listing, checks.
+        before_cpu_s: of all cores.
         workers: how many machines such as this one, each way.
         gpu: a type of Dataflow's, instead of this machine.
         price_per_hour: of one worker.
@@ -381,7 +398,10 @@ def project(
     read_parts = [part for stratum in sample.strata for part in stratum.parts]
     read_clips = sum(part.clips for part in read_parts)
     per_clip["read"] += sum(part.read_s for part in read_parts) / max(1, read_clips)
-    drift = 1 + SPEED_DRIFT * random_numbers.uniform(-1, 1, _REPLICATES + 1)
+    busy = measured.load > BUSY_LOAD * _cores()
+    drift = 1 + (BUSY_DRIFT if busy else SPEED_DRIFT) * random_numbers.uniform(
+        -1, 1, _REPLICATES + 1
+    )
     drift[0] = 1.0
     if gpu is None:
         cost_s = totals["cost_s"] * drift
@@ -416,7 +436,14 @@ def project(
         if price_per_hour is not None:
             entry["cost"] = hours.times(price_per_hour).as_json(4)
         ladder.append(entry)
-    output_bytes = _range(totals["clips"] * measured.row_bytes + todo.shards * measured.file_bytes)
+    tables = 1 + TABLE_DRIFT * random_numbers.uniform(-1, 1, _REPLICATES + 1)
+    tables[0] = 1.0
+    output_bytes = _range(
+        tables * totals["clips"] * measured.row_bytes + todo.shards * measured.file_bytes
+    )
+    # What this process would take of all cores: other work beside it changes that least.
+    cpu_share = statistics.median(measured.pass_cpu_s) / statistics.median(measured.pass_s)
+    cpu_s = before_cpu_s + measured.startup_cpu_s + cpu_share * float(totals["cost_s"][0])
     about = json.loads(job.run)
     scoring = {name: about["scoring"][name] for name in COMPARED}
     if gpu is not None:
@@ -429,7 +456,7 @@ def project(
         "checkpoint": about["checkpoint"]["name"],
         "device": gpu or job.workers.device,
         "dtype": scoring["dtype"],
-        "machine": {"cores": _cores(), "processor": platform.machine(), "host": platform.node()},
+        "machine": {"cores": _cores(), "processor": platform.machine(), "load": round(measured.load, 2), "busy": busy},
         "source": source,
         "seed": seed,
         "interval": INTERVAL,
@@ -454,6 +481,7 @@ def project(
         "ms_per_clip": {stage: round(1e3 * s, 4) for stage, s in per_clip.items()},
         "before_s": round(before_s, 3),
         "startup_s": startup.as_json(),
+        "cpu_s": round(cpu_s, 3),
         "price_per_hour": price_per_hour,
         "workers": ladder,
     }  # fmt: skip
@@ -635,6 +663,11 @@ def process_age_s() -> float:
         began_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # since the machine's start
         return float(Path("/proc/uptime").read_text().split()[0]) - began_s
     return time.monotonic() - _IMPORTED_AT
+
+
+def load_average() -> float:
+    """Processes that wanted to run in the last minute; 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _cores() -> int:
