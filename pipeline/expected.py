@@ -48,8 +48,7 @@ def compared(
         numbers: dict[str, Any] = {}
         for name in _NUMBERS:
             came_to = actual.get(name)
-            expected = _stated(stated, name)
-            if came_to is None or expected is None:
+            if came_to is None or (expected := _stated(stated, name)) is None:
                 continue
             ratio = round(came_to / expected["expected"], 4) if expected["expected"] else None
             numbers[name] = {**expected, "actual": came_to, "ratio": ratio}
