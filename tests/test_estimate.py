@@ -15,7 +15,9 @@ from bench.stand_ins import CloudStorage
 from pipeline import forecast
 from pipeline.cli import cli
 from pipeline.expected import COMPARED, compared, sentence
+from pipeline.ledger import beside_estimate
 from pipeline.profile import SIDES
+from transforms.write import ShardSummary
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +255,41 @@ def test_only_what_is_known_is_compared():
     assert sentence(found) == "Beside its estimate: clips +10 %, time +100 %."
     content["source"] = "a table"  # of a GPU: no time of this machine
     assert "wall_s" not in compared(json.dumps(content).encode(), scoring, 2, {"wall_s": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("run", "compared_too"),
+    [
+        ({"computed_by": {"device": "cpu"}, "options": {"devices": None}}, True),
+        ({"computed_by": {"device": "cpu"}, "options": {"devices": "2"}}, False),
+        ({"computed_by": {}, "options": {"devices": None}}, False),  # workers elsewhere
+    ],
+)
+def test_time_is_compared_where_one_process_of_this_machine_ran(run, compared_too):
+    scoring = dict.fromkeys(COMPARED, 1)
+    content = {
+        "format": "earmark.estimate/1",
+        "shards": 1,
+        "scoring": scoring,
+        "source": None,
+        "workers": [{"workers": 1, "run_s": {"expected": 10.0, "low": 9.0, "high": 12.0}}],
+        "clips": {"expected": 1, "low": 1, "high": 1},
+        "audio_s": {"expected": 1, "low": 1, "high": 1},
+    }
+    found = beside_estimate(
+        json.dumps(content).encode(), run | {"scoring": scoring}, 1, ShardSummary(1), 5.0, {}
+    )
+    assert ("wall_s" in found) == compared_too
+
+
+def test_an_input_without_audio_and_one_that_cannot_be_decoded(run, make_tar, tmp_path):
+    empty = make_tar(tmp_path / "empty.tar", [("a.txt", b"no audio")])
+    found = run(empty)
+    assert found["clips"]["expected"] == found["audio_s"]["expected"] == 0
+    broken = make_tar(tmp_path / "broken.tar", [(f"{n}.mp3", b"no audio") for n in range(20)])
+    found = run(broken, "--decode-processes", 1)
+    assert found["failed"]["expected"] == found["clips"]["expected"] == 20
+    assert found["audio_s"]["expected"] == 0
 
 
 def test_ranges_of_a_draw_hold_the_truth_about_as_often_as_they_say(
