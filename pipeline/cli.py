@@ -10,7 +10,10 @@ from typing import Any
 import click
 
 from pipeline import __version__, flags
+from pipeline.completion import complete_paths, completion
 from pipeline.distill import distill
+from pipeline.doctor import doctor
+from pipeline.estimate import estimate_like
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.look import compare, report
@@ -32,7 +35,13 @@ def cli() -> None:
     context_settings={"ignore_unknown_options": True},
     epilog="Any option of Apache Beam can follow, such as --runner DirectRunner "
     "--direct_num_workers 2 --direct_running_mode multi_processing. Without --runner, "
-    "Beam's in-process FnApiRunner runs the job here.",
+    "Beam's in-process FnApiRunner runs the job here.\n\n"
+    + flags.examples(
+        "earmark annotate 'shards/*.tar' --output tags",
+        "earmark annotate recordings --output tags --checkpoint bookbot/distil-ast-audioset --profile",
+        "earmark annotate gs://my-audio/shards --output gs://my-tags/train --runner DataflowRunner "
+        "--project my-project --region us-central1 --gpu nvidia-l4 --dry-run",
+    ),
 )
 @click.argument("inputs", nargs=-1, type=click.UNPROCESSED, metavar="INPUT...")
 @click.option(
@@ -244,7 +253,7 @@ def annotate(
         _run(AnnotateOptions(inputs=paths, beam=beam, **options))
 
 
-@cli.command()
+@cli.command(epilog=flags.examples("earmark demo", "earmark demo /tmp/demo"))
 @click.argument("folder", default="demo", metavar="[FOLDER]")
 @click.option("--verbose", "-v", is_flag=True, help="Show Beam's log, and tracebacks.")
 def demo(folder: str, verbose: bool) -> None:
@@ -273,7 +282,12 @@ def demo(folder: str, verbose: bool) -> None:
         show_truth(output, Console())
 
 
-@cli.command()
+@cli.command(
+    epilog=flags.examples(
+        "earmark schema gs://my-tags/train --dialect bigquery --dataset sounds > clips.sql",
+        "earmark schema tags --dialect trino --table labels",
+    )
+)
 @click.argument("output", metavar="OUTPUT")
 @click.option(
     "--dialect",
@@ -326,7 +340,10 @@ def schema(
 
 
 cli.add_command(compare)
+cli.add_command(estimate_like(annotate))
+cli.add_command(completion)
 cli.add_command(distill)
+cli.add_command(doctor)
 cli.add_command(evaluate)
 cli.add_command(export)
 cli.add_command(query)
@@ -407,6 +424,7 @@ def main() -> None:
     # Threads of torch that wait should sleep: spinning, they take the cores from the decoder
     # beside them (and from every other process). Read when torch is loaded, so set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    complete_paths(cli)
     try:
         cli(prog_name="earmark")
     except SystemExit as ended:

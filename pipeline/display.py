@@ -16,7 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.dataflow import Places
+from pipeline.expected import sentence
 from pipeline.profile import SIDES
+from pipeline.quantities import duration as _duration
+from pipeline.quantities import size as _size
 from pipeline.rehearse import Rehearsal
 from pipeline.run import Job, Outcome
 from pipeline.terminal import printable
@@ -195,6 +198,8 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if outcome.estimate is not None:
+        console.print(sentence(outcome.estimate), highlight=False, soft_wrap=True, markup=False)
     if not total.clips:
         console.print("No shard held any audio.", style="yellow")
     for reason, count in total.failures.most_common():
@@ -262,19 +267,3 @@ def show_profile(profile: dict[str, Any] | None, console: Console) -> None:
     console.print(table)
     say("* of the whole run; the shares of each side add up to 100 %.")
     say(f"Bottleneck: {profile['bottleneck']}. {profile['advice']}.")
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    if seconds < 6_000:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3_600:.1f} h"

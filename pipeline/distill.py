@@ -39,7 +39,12 @@ class _LayersOption(click.Command):
 @click.command(
     cls=_LayersOption,
     epilog="`--preset P --show` prints every number of a preset, each of which --set changes. "
-    "Several GPUs: `accelerate launch -m pipeline distill ...`.",
+    "Several GPUs: `accelerate launch -m pipeline distill ...`.\n\n"
+    + flags.examples(
+        "earmark distill shards --teacher MIT/ast-finetuned-audioset-10-10-0.4593 --output student",
+        "earmark distill shards --teacher-scores teacher-tags --preset distil-ast --output student",
+        "earmark distill --preset consistent --show",
+    ),
 )
 @click.argument("data", nargs=-1, metavar="DATA...")
 @click.option("--output", "-o", metavar="DIR", help="Folder for the student; a new one.")

@@ -27,7 +27,12 @@ if TYPE_CHECKING:  # heavy to import, and only types here
 _FEWEST_REPLICATES = 50
 
 
-@click.command()
+@click.command(
+    epilog=flags.examples(
+        "earmark evaluate tags --truth eval_segments.csv --json scores.json",
+        "earmark evaluate shards --checkpoint bookbot/distil-ast-audioset --truth metadata:labels",
+    )
+)
 @click.argument("paths", nargs=-1, required=True, metavar="OUTPUT|DATA...")
 @click.option(
     "--truth",

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import click
 
+
+def examples(*commands: str) -> str:
+    """An epilog of a command's help: commands to copy, one a line."""
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+
+
 billing_project = click.option(
     "--billing-project",
     metavar="P",

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import __version__
+from pipeline.expected import ESTIMATE_FILE, compared
 from pipeline.options import AnnotateOptions, UsageError
 from pipeline.thresholds import Thresholds
 from student.checkpoint import Checkpoint
@@ -212,7 +213,8 @@ def empty(output: Output) -> None:
     """Removes what earmark put into `output`, and nothing else."""
     if output.read(RUN_FILE) is not None:
         # run.json last: until then an interrupted --overwrite is still recognised.
-        remove_output(output, CLIPS_FOLDER, (LABELS_FILE, SUMMARY_FILE, REPORT_FILE, RUN_FILE))
+        beside = (LABELS_FILE, SUMMARY_FILE, REPORT_FILE, ESTIMATE_FILE, RUN_FILE)
+        remove_output(output, CLIPS_FOLDER, beside)
 
 
 def write_labels(output: Output, labels: Sequence[Label], thresholds: Thresholds) -> None:
@@ -275,13 +277,17 @@ def sum_up(
     wall_s: float,
     metrics: dict[str, Any],
     profile: dict[str, Any] | None = None,
+    estimate: bytes | None = None,
 ) -> tuple[ShardSummary, ShardSummary]:
     """(totals of the output, those of this run): adds up all footers, and writes `summary.json`.
+
+    `estimate` is what `estimate.json` held, to be shown beside what this run came to.
 
     Raises:
         ValueError: a file is damaged, or of another making than `run.json` says.
     """
-    making = json.loads(output.read(RUN_FILE) or b"{}").get("fingerprint")
+    run = json.loads(output.read(RUN_FILE) or b"{}")
+    making = run.get("fingerprint")
     total, now = ShardSummary(), ShardSummary()
     shards = sorted(finished)
     for shard_id, (summary, made) in zip(shards, _summaries(output, shards), strict=True):
@@ -307,11 +313,44 @@ def sum_up(
         "metrics": metrics,
         "profile": profile,
     }
+    if estimate is not None:
+        done = len(finished - finished_before)
+        content["estimate"] = beside_estimate(estimate, run, done, now, wall_s, metrics)
     if not now.clips and _says(output, total):
         return total, now  # the last run that did something is still what it tells of
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     publish_bytes(output, SUMMARY_FILE, text.encode())
     return total, now
+
+
+def beside_estimate(
+    estimate: bytes | None,
+    run: Mapping[str, Any],
+    shards: int,
+    now: ShardSummary,
+    wall_s: float,
+    metrics: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """What `estimate.json` expected beside what a run came to; None where there is none.
+
+    Args:
+        estimate: what the file holds.
+        run: `run.json`.
+        shards: that this run did.
+        now: totals of these.
+        wall_s: of this run.
+        metrics: of `pipeline.run.metrics_of`.
+    """
+    # An estimate's time is that of one worker here.
+    alone = bool(run.get("computed_by")) and run.get("options", {}).get("devices") is None
+    actual = {
+        "clips": now.clips,
+        "audio_s": round(now.audio_s, 3),
+        "audio_bytes": metrics.get("bytes_read"),
+        "output_bytes": metrics.get("bytes_written"),
+        "wall_s": round(wall_s, 3) if alone else None,
+    }
+    return compared(estimate, run.get("scoring", {}), shards, actual)
 
 
 def _says(output: Output, total: ShardSummary) -> bool:

@@ -35,7 +35,12 @@ _HELD = 256  # shards whose totals wait in memory
 _NAMED = 20  # damaged shards that are told of one by one
 
 
-@click.command()
+@click.command(
+    epilog=flags.examples(
+        "earmark retag tags --output tags-strict --threshold 0.5",
+        "earmark retag gs://my-tags/train --output gs://my-tags/fitted --thresholds thresholds.json",
+    )
+)
 @click.argument("output", metavar="OUTPUT")
 @click.option(
     "--output",

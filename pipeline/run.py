@@ -30,6 +30,7 @@ from apache_beam.options.pipeline_options import (
 
 from pipeline import __version__, dataflow, ledger
 from pipeline.devices import CLUSTERS, choose_workers_here, computed_by
+from pipeline.expected import ESTIMATE_FILE
 from pipeline.image import ImageUnknown, image_versions
 from pipeline.interrupt import workers_end_with_us
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
@@ -120,6 +121,7 @@ class Outcome:
     audio_s: float  # of this run alone
     wall_s: float
     profile: dict[str, Any] | None  # of `pipeline.profile`; None where nothing was done or told
+    estimate: dict[str, Any] | None = None  # of `pipeline.expected`; None where there is none
     not_retried: int = 0  # shards that `earmark retry` left as they are
 
     @property
@@ -346,7 +348,8 @@ def execute(
     published = ledger.finished_shards(job.output)
     # How fast failed rows are done again says nothing about a student's speed.
     before = published if job.redo is not None else job.finished - job.replaced
-    total, now = ledger.sum_up(job.output, published, before, wall_s, metrics, profile)
+    stated = job.output.read(ESTIMATE_FILE)
+    total, now = ledger.sum_up(job.output, published, before, wall_s, metrics, profile, stated)
     missing = sum(shard.id not in published for shard in job.todo)
     if missing:
         raise dataflow.JobFailed(
@@ -356,8 +359,15 @@ def execute(
     # Another run may have divided the same folder otherwise in the meantime.
     if job.redo is None:
         ledger.refuse_other_divisions(job.output, job.planned_again, job.divided, published)
+    estimate = None
+    if job.todo.shards and job.redo is None:
+        estimate = ledger.beside_estimate(
+            stated, json.loads(job.run), job.todo.shards, now, wall_s, metrics
+        )
     refused = int(metrics.get("shards_not_retried", 0))
-    return Outcome(total, job.todo.shards, now.clips, now.audio_s, wall_s, profile, refused)
+    return Outcome(
+        total, job.todo.shards, now.clips, now.audio_s, wall_s, profile, estimate, refused
+    )
 
 
 @contextmanager

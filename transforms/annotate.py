@@ -310,6 +310,7 @@ def annotate_shard(
     meter: Meter,
     report: Callable[[], None] = lambda: None,
     pool: DecodePool | None = None,
+    clips: Iterable[EncodedClip | UnreadableClip] | None = None,
 ) -> ShardSummary:
     """Reads, decodes, scores and writes one shard, as one stream.
 
@@ -325,6 +326,7 @@ def annotate_shard(
         meter: counts what `transforms.meter` names.
         report: called after each clip, in this thread.
         pool: decodes in processes, with the annotation's hop; without it a thread does.
+        clips: those of the shard, where they are in memory already; else they are read.
 
     Raises:
         OSError: the shard cannot be read or its file not be written; then no file
@@ -344,7 +346,8 @@ def annotate_shard(
     logger.info("begins %s", public_url(shard.uri))
     watches = _Watches()
     options = annotation.rows
-    clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
+    if clips is None:
+        clips = islice(read_clips(shard, annotation.access, meter), shard.max_clips)
     scored = _scored(clips, student, annotation, watches, pool, meter)
     writing_since = time.perf_counter()
     summary, size_bytes = write_rows(

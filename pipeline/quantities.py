@@ -1,0 +1,21 @@
+"""Bytes and seconds as a person reads them."""
+
+from __future__ import annotations
+
+
+def size(size_bytes: float) -> str:
+    """Bytes in the unit that suits them, such as `1.5 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them, such as `2.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    if seconds < 6_000:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3_600:.1f} h"
