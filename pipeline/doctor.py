@@ -457,9 +457,10 @@ def readable(path: str, billing_project: str | None) -> Check:
 
     from student.feature_spec import FeatureSpec
     from transforms.decode_clip import decode_clips
+    from transforms.listing import InputError
     from transforms.read import read_clips
     from transforms.records import ClipEnd
-    from transforms.shards import InputError, find_shards
+    from transforms.shards import find_shards
     from transforms.storage import Access
 
     name = f"input {path}"

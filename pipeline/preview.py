@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transforms.decode import AudioDecoder
-from transforms.fetch import FetchError, fetch_clips
+from transforms.find import find_clips
 from transforms.records import ClipError, EncodedClip
 from transforms.storage import DEFAULT_ACCESS, Access
 
@@ -76,7 +76,7 @@ def previews(
         why = "its source no longer holds it"
         changed: set[Wanted] = set()
         try:
-            for encoded in fetch_clips(shard, {clip.member for clip in clips}, access):
+            for encoded in find_clips(shard, {clip.member for clip in clips}, access):
                 of_member = [clip for clip in clips if clip.member == encoded.member]
                 same = [c for c in of_member if c.xxh128 in (None, encoded.xxh128)]
                 changed.update(clip for clip in of_member if clip not in same)
@@ -88,8 +88,9 @@ def previews(
                         result.absent[clip] = f"not decoded: {error.message}"
                 if all(clip in result.found or clip in result.absent for clip in clips):
                     break
-        except FetchError as error:
-            why = f"its source cannot be read: {error}"
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+            why = f"its source cannot be read: {reason or type(error).__name__}"
         for clip in clips:
             if clip not in result.found:
                 said = "its source holds other audio by now" if clip in changed else why

@@ -1,6 +1,5 @@
 """`earmark report`: what is measured, the page, and the page in a browser."""
 
-import gzip
 import io
 import json
 import math
@@ -21,7 +20,6 @@ from pipeline.figures import histogram
 from pipeline.preview import PIECE_S, SAMPLE_RATE, Wanted, as_mp3, previews, spectrogram
 from pipeline.terminal import visible
 from student.labels import ancestors, audioset_labels
-from transforms.fetch import FetchError, fetch_clips
 
 SCRIPT = "<script>document.title='owned'</script>.wav"
 MARKUP = "\"'><img src=x onerror=\"document.title='owned'\">&amp;.wav"
@@ -242,32 +240,7 @@ def test_a_damaged_file_is_told_and_the_others_are_reported(output, tmp_path):
     assert any("s-1" in block.get("text", "") for block in section(text, "overview"))
 
 
-# ----------------------------------------------------------------- clips found again
-
-
-def test_clips_are_found_in_every_kind_of_shard(tmp_path, make_tar, encoded, noise):
-    content = {f"d/{n}.wav": encoded(noise(8_000, seed=n)) for n in range(5)}
-    wanted = {"d/1.wav", "d/4.wav", "d/9.wav"}
-    plain = make_tar(tmp_path / "p.tar", content.items())
-    packed = tmp_path / "z.tar.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    cells = [{"bytes": audio, "path": name} for name, audio in content.items()]
-    pq.write_table(pa.table({"audio": cells}), tmp_path / "t.parquet", row_group_size=2)
-    for name, audio in content.items():
-        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "folder" / name).write_bytes(audio)
-    for place in (plain, packed, tmp_path / "t.parquet", tmp_path / "folder"):
-        found = {}
-        for clip in fetch_clips(str(place), wanted):
-            found[clip.member] = clip.audio.read()
-        assert found == {name: content[name] for name in ("d/1.wav", "d/4.wav")}, place
-    unnamed = pa.table({"audio": [{"bytes": audio} for audio in content.values()]})
-    pq.write_table(unnamed, tmp_path / "u.parquet")
-    (clip,) = fetch_clips(str(tmp_path / "u.parquet"), {"row-00000003"})
-    assert clip.audio.read() == content["d/3.wav"]
-    for gone in ("gone.tar", "gone.parquet", "gone"):
-        with pytest.raises(FetchError):
-            list(fetch_clips(str(tmp_path / gone), wanted))
+# ------------------------------------------------------------------------- previews
 
 
 def test_a_preview_is_the_piece_that_was_asked_for(tmp_path, make_tar, encoded):

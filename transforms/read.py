@@ -74,32 +74,6 @@ def read_clips(shard: Shard, access: Access = DEFAULT_ACCESS, meter: Meter | Non
             yield from read_parquet(stream, shard.row_groups, _files_beside(shard, access, meter))
 
 
-def read_tar_from(stream: BinaryIO) -> Clips:
-    """The clips of a tar from the header of a member on, at which an open file stands."""
-    start = stream.tell()
-    return _read_tar(cast(BinaryIO, _From(stream, start)))
-
-
-class _From(io.RawIOBase):
-    """A file from a place on, which is its beginning."""
-
-    def __init__(self, stream: BinaryIO, start: int) -> None:
-        self._stream, self._start = stream, start
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As any file's."""
-        offset += self._start if whence == io.SEEK_SET else 0
-        return self._stream.seek(offset, whence) - self._start
-
-    def read(self, size: int = -1) -> bytes:
-        """As any file's."""
-        return self._stream.read(size)
-
-
 # --------------------------------------------------------------------- files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import posixpath
 import tarfile
@@ -50,6 +51,32 @@ class StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(reason) from error
         except (ValueError, OverflowError) as error:  # numbers in extended headers
             raise tarfile.ReadError("a header is damaged") from error
+
+
+def read_tar_from(stream: BinaryIO) -> Clips:
+    """The clips of a tar from the header of a member on, at which an open file stands."""
+    start = stream.tell()
+    return read_tar(cast(BinaryIO, _From(stream, start)))
+
+
+class _From(io.RawIOBase):
+    """A file from a place on, which is its beginning."""
+
+    def __init__(self, stream: BinaryIO, start: int) -> None:
+        self._stream, self._start = stream, start
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As any file's."""
+        offset += self._start if whence == io.SEEK_SET else 0
+        return self._stream.seek(offset, whence) - self._start
+
+    def read(self, size: int = -1) -> bytes:
+        """As any file's."""
+        return self._stream.read(size)
 
 
 def read_tar(stream: BinaryIO) -> Clips:

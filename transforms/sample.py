@@ -16,7 +16,9 @@ from typing import BinaryIO
 
 import pyarrow.parquet as pq
 
-from transforms.read import open_shard, read_clips, read_tar_from
+from transforms.opening import open_shard
+from transforms.read import read_clips
+from transforms.read_tar import read_tar_from
 from transforms.records import EncodedClip, Shard, UnreadableClip
 from transforms.storage import DEFAULT_ACCESS, Access
 
