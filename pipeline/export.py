@@ -211,7 +211,7 @@ def execute(
         for shard_id in shown(job.shards):
             for clip, events in _clips_of(job, shard_id):
                 if options.csv and table is None:
-                    table = opened.enter_context(_Table(Path(options.csv), clip))
+                    table = opened.enter_context(_Table(Path(options.csv)))
                 done.clips += 1
                 done.failed += events is None
                 events = [event for event in events or () if _is_wanted(job, event)]
@@ -288,10 +288,9 @@ def _write(folder: str, name: str, text: str) -> None:
 class _Table:
     """The table of all events: built beside FILE, and put there once it is whole."""
 
-    def __init__(self, path: Path, clip: dict[str, Any]) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
         self._partial = path.with_name(f".{path.name}.partial")
-        self._part = [column for column in _CSV_OF_PART if column in clip]
         self._stream: TextIO
 
     def __enter__(self) -> _Table:
@@ -302,13 +301,13 @@ class _Table:
                 f"--csv {str(self._path)!r} cannot be written: {error.strerror}"
             ) from error
         self._csv = csv.writer(self._stream, lineterminator="\n")
-        of_part = [f"clip_{column}" for column in self._part]
+        of_part = [f"clip_{column}" for column in _CSV_OF_PART]
         self._csv.writerow([*_CSV_OF_CLIP, *of_part, *_CSV_OF_EVENT])
         return self
 
     def add(self, clip: dict[str, Any], events: Iterable[dict[str, Any]]) -> None:
         """Adds a clip's events."""
-        of_clip = [clip[column] for column in (*_CSV_OF_CLIP, *self._part)]
+        of_clip = [clip.get(column) for column in (*_CSV_OF_CLIP, *_CSV_OF_PART)]
         for event in events:
             self._csv.writerow([*of_clip, *(event[column] for column in _CSV_OF_EVENT)])
 

@@ -119,13 +119,14 @@ def test_raven_tables_and_one_table_of_all(output, tmp_path):
         table = list(csv.DictReader(stream))
     expected = [
         {name: str(value) for name, value in
-         {**{c: row[c] for c in ("clip_id", "shard", "member")}, **segment}.items()}
+         {**{c: row[c] for c in ("clip_id", "shard", "member")},
+          "clip_start_s": "", "clip_end_s": "", **segment}.items()}
         for row in rows.values() for segment in row["segments"]
     ]  # fmt: skip
     key = lambda event: json.dumps(event, sort_keys=True)  # noqa: E731
     assert sorted(table, key=key) == sorted(expected, key=key)
     assert list(table[0]) == [
-        "clip_id", "shard", "member", "start_s", "end_s", "index", "mid", "name", "score",
+        "clip_id", "shard", "member", "clip_start_s", "clip_end_s", "start_s", "end_s", "index", "mid", "name", "score",
     ]  # fmt: skip
     highest = {}
     for row in rows.values():
@@ -179,7 +180,8 @@ def test_a_clip_of_a_recording_says_which_part_it_is(output, tmp_path):
     for file in (output / "clips").glob("*.parquet"):
         table = pq.read_table(file)
         for column, value in (("start_s", 100.0), ("end_s", None)):
-            table = table.append_column(column, pa.array([value] * len(table), pa.float64()))
+            values = pa.array([value] * len(table), pa.float64())
+            table = table.set_column(table.schema.get_field_index(column), column, values)
         pq.write_table(table, copy / "clips" / file.name)
     assert earmark("export", copy, "--csv", tmp_path / "all.csv").exit_code == 0
     with open(tmp_path / "all.csv", encoding="utf-8", newline="") as stream:

@@ -15,7 +15,7 @@ import pytest
 import xxhash
 
 from bench.stand_ins import CloudStorage
-from transforms import shards, storage
+from transforms import containers, shards, storage
 from transforms.listing import InputError
 from transforms.read import read_clips
 from transforms.records import EncodedClip, Shard
@@ -423,7 +423,8 @@ def test_a_large_parquet_file_is_split_by_row_groups(
     sizes = [
         sum(footer.row_group(g).column(c).total_compressed_size for c in range(2)) for g in range(5)
     ]
-    monkeypatch.setattr(shards, "PARQUET_SHARD_BYTES", sizes[0] + 1)
+    for module in (containers, shards):
+        monkeypatch.setattr(module, "PARQUET_SHARD_BYTES", sizes[0] + 1)
     expected = [
         Shard(
             f"{whole.id}-rg{first:05d}-{end:05d}",
@@ -449,7 +450,8 @@ def test_a_large_parquet_file_of_one_row_group_stays_whole(
 ) -> None:
     file = write_parquet(tmp_path / "big.parquet", 10)
     whole = plan(file)
-    monkeypatch.setattr(shards, "PARQUET_SHARD_BYTES", 1)
+    for module in (containers, shards):
+        monkeypatch.setattr(module, "PARQUET_SHARD_BYTES", 1)
     assert plan(file) == whole
 
 
@@ -457,7 +459,8 @@ def test_a_split_never_changes_with_the_limit_of_other_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_parquet(tmp_path / "big.parquet", 6, row_group_size=2)
-    monkeypatch.setattr(shards, "PARQUET_SHARD_BYTES", 1)
+    for module in (containers, shards):
+        monkeypatch.setattr(module, "PARQUET_SHARD_BYTES", 1)
     alone = plan(file).shards
     write_parquet(tmp_path / "a.parquet", 4, row_group_size=2)
     assert [shard.row_groups for shard in alone] == [(0, 1), (1, 2), (2, 3)]
@@ -495,7 +498,8 @@ def test_a_limit_counts_the_rows_of_the_row_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_parquet(tmp_path / "big.parquet", 5, row_group_size=2)
-    monkeypatch.setattr(shards, "PARQUET_SHARD_BYTES", 1)
+    for module in (containers, shards):
+        monkeypatch.setattr(module, "PARQUET_SHARD_BYTES", 1)
     assert limited(plan(file).shards, 4) == [("big.parquet", 2), ("big.parquet", 2)]
     assert limited(plan(file).shards, 9)[2:] == [("big.parquet", 1)]
 
@@ -540,7 +544,8 @@ def test_another_division_of_a_parquet_file_outdates_its_finished_shards(
 ) -> None:
     file = write_parquet(tmp_path / "big.parquet", 6, row_group_size=2)
     (whole,) = plan(file).shards
-    monkeypatch.setattr(shards, "PARQUET_SHARD_BYTES", 1)
+    for module in (containers, shards):
+        monkeypatch.setattr(module, "PARQUET_SHARD_BYTES", 1)
     split = plan(file).shards
     assert outdated_by(split, [whole.id]) == [whole.id]
     assert outdated_by([whole], [shard.id for shard in split]) == [shard.id for shard in split]
@@ -755,7 +760,8 @@ def test_parquet_in_cloud_storage(
         len(content),
     )
     assert planned.ignored == Counter({".parquet without audio": 1})
-    monkeypatch.setattr(shards, "PARQUET_SHARD_BYTES", 1)
+    for module in (containers, shards):
+        monkeypatch.setattr(module, "PARQUET_SHARD_BYTES", 1)
     split = plan("gs://in/p/a.parquet").shards
     assert [(shard.row_groups, shard.file_sizes) for shard in split] == [
         ((n, n + 1), (len(content),)) for n in range(3)
@@ -801,7 +807,8 @@ def test_shards_of_all_kinds_come_out_of_their_packets_as_they_went_in(
     odd = os.fsdecode(b"caf\xe9")
     touch(tmp_path, f"{odd}/{odd}.wav", f"{odd}.tar", "日本.wav")
     write_parquet(tmp_path / "big.parquet", 6, row_group_size=2)
-    monkeypatch.setattr(shards, "PARQUET_SHARD_BYTES", 1)
+    for module in (containers, shards):
+        monkeypatch.setattr(module, "PARQUET_SHARD_BYTES", 1)
     planned = plan(tmp_path).shards
     planned.append(dataclasses.replace(planned[0], max_clips=7))
     planned.append(

@@ -328,7 +328,7 @@ def count_row(summary: ShardSummary, row: Mapping[str, Any]) -> None:
     summary.audio_s += row["duration_s"] or 0.0
     if row["error"] is not None:
         summary.failed += row["tags"] is None
-        summary.partial += row["scores"] is not None
+        summary.partial += row["tags"] is not None
         summary.failures[f"{row['error']['stage']}/{row['error']['type']}"] += 1
     summary.tags.update(tag["name"] for tag in row["tags"] or ())
 
