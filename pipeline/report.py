@@ -178,6 +178,9 @@ def rows_at(
     for file, rows in by_file.items():
         with source.output.open(source.files[file]) as stream, open_parquet(stream) as parquet:
             wanted = [name for name in columns if name in parquet.schema_arrow.names]
+            if not wanted:
+                found |= {(file, row): {} for row in rows}
+                continue
             first = 0
             for group in range(parquet.metadata.num_row_groups):
                 end = first + parquet.metadata.row_group(group).num_rows

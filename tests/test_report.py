@@ -214,6 +214,15 @@ def test_embeddings_are_compared_where_there_are_some(output, tmp_path):
     assert (measured.similar.groups, measured.similar.clips) == (1, 2)
 
 
+def test_without_chunks_the_loudest_part_is_heard(output, tmp_path):
+    folder = changed(output, tmp_path / "out", lambda table: table.drop_columns(["chunks"]))
+    done = earmark("report", folder, "--labels", "1")
+    assert done.exit_code == 0, done.output
+    text = (folder / "report.html").read_text("utf-8")
+    assert "--chunks" in section(text, "listen")[0]["text"]
+    assert not report.measure(open_source(str(folder))).has_chunks
+
+
 def test_close_points_are_found_and_far_ones_are_not():
     random = np.random.default_rng(3)
     points = random.standard_normal((20_000, 33)).astype(np.float32)
