@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +26,6 @@ from pipeline.terminal import printable
 from student.labels import is_audioset
 from transforms.progress import Progress, read_progress
 from transforms.records import ClipError
-from transforms.write import CLIPS_FOLDER
 
 _LOG_EVERY_S = 10.0  # where the output is no terminal
 _REFRESH_S = 0.5
@@ -225,15 +224,8 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
             "retag` with a lower --threshold makes tags of them.",
             style="yellow", highlight=False, soft_wrap=True,
         )  # fmt: skip
-    clips = f"{output.rstrip('/')}/{CLIPS_FOLDER}/*.parquet".replace("'", "''")
-    query = f"SELECT member, [t.name for t in tags] AS tags FROM '{clips}' LIMIT 10"
-    console.print("Query it, for instance with DuckDB:", highlight=False, soft_wrap=True)
-    reach = ""
-    if "://" in output:  # DuckDB reads through the library that earmark has already
-        scheme = output.partition("://")[0]
-        reach = f"import fsspec; duckdb.register_filesystem(fsspec.filesystem({scheme!r})); "
-    command = f"  python -c {json.dumps(f'import duckdb; {reach}duckdb.sql({query!r}).show()')}"
-    console.print(printable(command), markup=False, highlight=False, soft_wrap=True)
+    asked = f"earmark query {shlex.quote(output)} --limit 10"
+    console.print(printable(f"Look at it: {asked}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def show_profile(profile: dict[str, Any] | None, console: Console) -> None:
