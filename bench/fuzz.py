@@ -129,6 +129,7 @@ def fuzz(zoo: Path, seed: int, mutants: int, workers: int, hang_s: float) -> dic
     lock = threading.Lock()
     rows: Counter[str] = Counter()
     wrong: dict[str, list[Any]] = {"crashes": [], "hangs": [], "raised": []}
+    timed_out: list[int] = []
     most_mb = 0.0
     slowest: tuple[float, int] = (0.0, -1)
 
@@ -176,6 +177,8 @@ def fuzz(zoo: Path, seed: int, mutants: int, workers: int, hang_s: float) -> dic
                     wrong["raised"].append([number, said["raised"]])
                 else:
                     rows[said["row"]] += 1
+                    if said["row"] == "TimedOut":
+                        timed_out.append(number)
                 most_mb = max(most_mb, said["mb"])
                 slowest = max(slowest, (round(time.monotonic() - started, 2), number))
         if worker is not None and worker.stdin is not None:
@@ -194,6 +197,7 @@ def fuzz(zoo: Path, seed: int, mutants: int, workers: int, hang_s: float) -> dic
         "rows": sum(rows.values()),
         **wrong,
         "peak_resident_mb": most_mb,
+        "timed_out": timed_out,
         "slowest": {"s": slowest[0], "mutant": slowest[1]},
         "wall_s": round(time.monotonic() - started, 1),
         "outcomes": dict(rows.most_common()),

@@ -94,6 +94,17 @@ def sound() -> NDArray[np.float32]:
     return (tone + noise).astype(np.float32)
 
 
+def mixed(frame: av.AudioFrame) -> NDArray[np.float32]:
+    """float32 [samples], the mean of the two channels."""
+    values = frame.to_ndarray()
+    if len(values) == 1:  # interleaved
+        values = values.reshape(-1, 2).T
+    if values.dtype != np.float32:
+        values = values.astype(np.float32) / np.float32(-float(np.iinfo(values.dtype).min))
+    mean: NDArray[np.float32] = values.mean(axis=0)
+    return mean
+
+
 def peak_mb() -> float:
     """Peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1_024
@@ -120,15 +131,10 @@ def scored(file: Path, whole: bool) -> dict[str, Any]:
     if whole:
         content = file.read_bytes()
         with av.open(io.BytesIO(content)) as container:
-            frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
-        audio = np.concatenate(frames, axis=1)
-        if audio.shape[0] == 1:  # interleaved
-            audio = audio.reshape(-1, 2).T
-        if audio.dtype != np.float32:
-            audio = audio.astype(np.float32) / np.float32(-float(np.iinfo(audio.dtype).min))
-        mono = soxr.resample(audio.mean(axis=0), RATE, features.sample_rate, RESAMPLE_QUALITY)
+            audio = np.concatenate([mixed(frame) for frame in container.decode(audio=0)])
+        mono = soxr.resample(audio, RATE, features.sample_rate, RESAMPLE_QUALITY)
         chunks = cut_chunks([mono.astype(np.float32)], features.chunk_samples, features.sample_rate)
-        end = ClipEnd("a", 0, None, {}, duration_s=audio.shape[1] / RATE)
+        end = ClipEnd("a", 0, None, {}, duration_s=len(audio) / RATE)
         (clip,) = score_clips(iter([*chunks, end]), student)
     else:
         with file.open("rb") as audio_file:

@@ -20,6 +20,8 @@ import pytest
 from numpy.typing import NDArray
 
 from bench.fuzz import mutant, row_of, zoo_files
+from pipeline.options import AnnotateOptions
+from pipeline.run import limits_of
 from student.feature_spec import FeatureSpec
 from transforms.decode import AudioDecoder, Limits, SourceFacts, _audio_stream
 from transforms.decode_clip import decode_clip
@@ -382,6 +384,10 @@ def test_the_time_of_whoever_takes_the_audio_does_not_count(noise: Noise, encode
 def test_a_limit_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0"):
         Limits(**{name: 0})
+
+
+def test_the_limits_of_the_command_are_those_of_the_decoder() -> None:
+    assert limits_of(AnnotateOptions(inputs=("a",), output="b")) == Limits()
 
 
 # --------------------------------------------------------------------- extremes

@@ -115,7 +115,7 @@ def stated_of(file: BinaryIO) -> Stated:
 def _stated(file: BinaryIO, head: bytes, size: int) -> Stated:
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         return _of_wav(file, size, ">" if head[:4] == b"RIFX" else "<")
-    if head[:4] == b"RIFF":
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         stated = 8 + int(struct.unpack_from("<I", head, 4)[0])
         # OpenDML's AVI goes on in further RIFFs behind this one.
         return Stated(cut=size < stated < _UNKNOWN_FROM)
