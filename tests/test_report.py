@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import tarfile
 
 import av
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.preview import PIECE_S, SAMPLE_RATE, Wanted, as_mp3, previews, spe
 from pipeline.terminal import visible
 from student.labels import ancestors, audioset_labels
 from transforms.fetch import FetchError, fetch_clips
+from transforms.records import as_text
 
 SCRIPT = "<script>document.title='owned'</script>.wav"
 MARKUP = "\"'><img src=x onerror=\"document.title='owned'\">&amp;.wav"
@@ -277,6 +279,40 @@ def test_clips_are_found_in_every_kind_of_shard(tmp_path, make_tar, encoded, noi
     for gone in ("gone.tar", "gone.parquet", "gone"):
         with pytest.raises(FetchError):
             list(fetch_clips(str(tmp_path / gone), wanted))
+
+
+def test_a_tar_is_read_as_tarfile_reads_it(tmp_path):
+    """Every kind of header: long names, other types, bytes that are no UTF-8."""
+    names = [
+        "plain.wav", "d" * 90 + "/" + "e" * 90 + ".wav", "f" * 140 + ".wav", "g" * 300 + ".wav",
+        "ä.wav", "b\udcff.wav", "empty.wav", "./dot.wav",
+    ]  # fmt: skip
+    for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        held = {}
+        with tarfile.open(tmp_path / "x.tar", "w", format=format, errors="surrogateescape") as tar:
+            for number, name in enumerate(names):
+                folder, link = tarfile.TarInfo(f"dir{number}"), tarfile.TarInfo(f"link{number}.wav")
+                folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "x"
+                info = tarfile.TarInfo(name)
+                content = b"" if name == "empty.wav" else bytes([number]) * (500 + 7 * number)
+                info.size = len(content)
+                try:
+                    info.tobuf(format, "utf-8", "surrogateescape")
+                except ValueError:
+                    continue  # USTAR has no room for so long a name
+                for member, file in ((folder, None), (info, io.BytesIO(content)), (link, None)):
+                    tar.addfile(member, file)
+                held[as_text(name)] = content
+        found = {
+            clip.member: clip.audio.read()
+            for clip in fetch_clips(str(tmp_path / "x.tar"), {*held, "link1.wav", "dir1"})
+        }
+        assert found == held and len(held) >= 6
+    damaged = bytearray((tmp_path / "x.tar").read_bytes())
+    damaged[512:1024] = b"\xaa" * 512
+    (tmp_path / "x.tar").write_bytes(damaged)
+    with pytest.raises(FetchError):
+        list(fetch_clips(str(tmp_path / "x.tar"), set(held)))
 
 
 def test_a_preview_is_the_piece_that_was_asked_for(tmp_path, make_tar, encoded):

@@ -92,12 +92,36 @@ def _encoded(clips: Iterator[object]) -> Iterator[EncodedClip]:
 
 
 def _of_plain_tar(stream: BinaryIO, members: Collection[str]) -> Iterator[EncodedClip]:
-    """Reads headers, and jumps over what is between them."""
+    """Reads headers, and jumps over what is between them.
+
+    Plain headers are read here, as `tarfile` takes 0.1 ms for each; it reads those that are not.
+    """
     with tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as tar:
-        for info in tar:
+        at = 0
+        while True:
+            stream.seek(at)
+            header = stream.read(tarfile.BLOCKSIZE)
+            if len(header) < tarfile.BLOCKSIZE or header.count(0) == tarfile.BLOCKSIZE:
+                return
+            size = header[124:136].strip(b" \0")
+            if header[257:262] == b"ustar" and header[156] in b"0\0" and size.isdigit():
+                name = _text_of(header[:100])
+                if prefix := _text_of(header[345:500]):
+                    name = f"{prefix}/{name}"
+                length = int(size, 8)
+                if as_text(name) in members:
+                    yield _clip(as_text(name), stream.read(length))
+                at += tarfile.BLOCKSIZE * (1 + -(-length // tarfile.BLOCKSIZE))
+                continue
+            stream.seek(at)
+            info = tarfile.TarInfo.fromtarfile(tar)  # and the member that a long name stands before
             if info.isreg() and as_text(info.name) in members:
-                content = cast(BinaryIO, tar.extractfile(info)).read()
-                yield _clip(as_text(info.name), content)
+                yield _clip(as_text(info.name), cast(BinaryIO, tar.extractfile(info)).read())
+            at = tar.offset
+
+
+def _text_of(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def _of_parquet(stream: BinaryIO, members: Collection[str]) -> Iterator[EncodedClip]:
