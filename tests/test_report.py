@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from bench.stand_ins import CloudStorage, Faults
 from evaluation.scores import open_source
 from pipeline import page, report
 from pipeline.cli import cli
@@ -560,3 +561,34 @@ def test_nothing_is_wider_than_a_phone(chromium, written):
     chromium.open(written, width=360, height=740)
     assert chromium.run("document.documentElement.scrollWidth") <= 360
     assert problems(chromium) == []
+
+
+# ------------------------------------------------------------------------ in a bucket
+
+
+def test_from_bucket_and_into_it(tmp_path, lead_to, tiny_checkpoint, make_tar, encoded, noise):
+    """A tar, a Parquet file and loose files in Cloud Storage, some requests failing."""
+    sounds = {f"{n}.wav": encoded(noise(20_000, seed=n)) for n in range(6)}
+    names = sorted(sounds)
+    make_tar(tmp_path / "t.tar", [(name, sounds[name]) for name in names[:2]])
+    cells = [{"bytes": sounds[name], "path": name} for name in names[2:4]]
+    pq.write_table(pa.table({"audio": cells}), tmp_path / "p.parquet")
+    with CloudStorage("in", "out") as cloud:
+        lead_to(cloud.env)
+        for file in ("t.tar", "p.parquet"):
+            cloud.put("in", f"data/{file}", (tmp_path / file).read_bytes())
+        for name in names[4:]:
+            cloud.put("in", f"data/loose/{name}", sounds[name])
+        done = earmark(
+            "annotate", "gs://in/data", "-o", "gs://out/tags", "--checkpoint", tiny_checkpoint
+        )
+        assert done.exit_code == 0, done.output
+        cloud.faults = Faults(rate=0.1, kinds=("503", "reset", "short"), seed=1)
+        done = earmark("report", "gs://out/tags", "--labels", "2")
+        assert done.exit_code == 0, done.output
+        assert cloud.faults.counts
+        text = cloud.get("out", "tags/report.html").decode()
+    groups = section(text, "listen")[1]["groups"]
+    cards = [card for g in groups for kind in g["kinds"] for card in kind["clips"]]
+    assert {card["name"].rpartition("/")[2] for card in cards} >= set(names[:2])
+    assert all(card["why"] is None for card in cards), [card["why"] for card in cards]
