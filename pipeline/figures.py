@@ -68,14 +68,17 @@ def histogram(
 def scatter(
     x: NDArray[np.float64], y: NDArray[np.float64], x_title: str, y_title: str, about: str
 ) -> str:
-    """An SVG of points in the unit square, and its diagonal; both axes by the square root."""
+    """An SVG of shares against shares, and the diagonal; both axes by the square root."""
 
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, alpha=0.5)
         axes.scatter(np.sqrt(x), np.sqrt(y), s=14, color=_BARS, alpha=0.7, linewidths=0)
-        at = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
+        most = min(1.0, 1.2 * max(x.max(initial=0.01), y.max(initial=0.01)))
+        at = [tick for tick in (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1) if tick <= most]
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks(np.sqrt(at), [f"{value:g}" for value in at])
+        axes.set_xlim(-0.01, np.sqrt(most))
+        axes.set_ylim(-0.01, np.sqrt(most))
         axes.set_xlabel(x_title)
         axes.set_ylabel(y_title)
         axes.set_aspect("equal")

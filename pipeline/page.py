@@ -662,9 +662,9 @@ def _making(source: Source) -> list[Block]:
     ]
     if "retagged" in run:
         rows.append(["Retagged from", json.dumps(run["retagged"].get("from", {}))])
-    settings = [
-        [name, _json(value)] for name, value in {**scoring, **run.get("options", {})}.items()
-    ]
+    # As asked for, `auto` and all; what it came to is in `scoring`.
+    others = [(k, v) for k, v in run.get("options", {}).items() if k not in scoring]
+    settings = [[name, _json(value)] for name, value in [*scoring.items(), *others]]
     return [
         {"type": "facts", "rows": [[name, visible(str(value))] for name, value in rows]},
         _table(
@@ -795,7 +795,7 @@ def _finite(value: float | None) -> float | None:
 
 def _of(part: int, whole: int) -> str:
     share = 100 * part / whole if whole else 0
-    return f"{part:,} ({share:.1f} %)" if part else "0"
+    return f"{part:,} ({share:.1f}\u00a0%)" if part else "0"
 
 
 def _counts(counter: Counter[Any], shown: Callable[[Any], str]) -> str:

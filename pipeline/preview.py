@@ -160,6 +160,7 @@ def as_mp3(samples: NDArray[np.float32]) -> bytes:
     with av.open(file, "w", format="mp3") as container:
         stream = container.add_stream("libmp3lame", rate=SAMPLE_RATE, layout="mono")
         stream.bit_rate = MP3_BITS_PER_S
+        stream.options = {"compression_level": "7"}  # LAME's faster search: half the time
         clipped = np.ascontiguousarray(np.clip(samples, -1, 1)[None], np.float32)
         frame = av.AudioFrame.from_ndarray(clipped, format="fltp", layout="mono")
         frame.sample_rate = SAMPLE_RATE

@@ -40,7 +40,7 @@ FULL_SCALE_DBFS = -0.01  # a peak from here on: 16-bit full scale is -0.0003
 QUIET_DBFS = -60.0
 
 SIMILAR_DIMENSIONS = 32  # of the projection that near-duplicates are looked for in
-SIMILAR_CLIPS = 1_000_000  # at most so many are held against each other: 64 bytes a clip
+SIMILAR_CLIPS = 1_000_000  # at most so many are held against each other, of 66 bytes each
 _SIMILAR_TABLES, _SIMILAR_KEYS = 4, 8  # tables, and dimensions that make a table's key
 # One sound as FLAC, Vorbis and Opus, by the bundled student: 0.07 and 0.004.
 SCORES_ALIKE = 0.08  # root mean square difference of the logits

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import tarfile
 
 import av
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from bench.stand_ins import CloudStorage, Faults
 from evaluation.scores import open_source
 from pipeline import page, report
 from pipeline.cli import cli
@@ -20,6 +22,8 @@ from pipeline.figures import histogram
 from pipeline.preview import PIECE_S, SAMPLE_RATE, Wanted, as_mp3, previews, spectrogram
 from pipeline.terminal import visible
 from student.labels import ancestors, audioset_labels
+from transforms.find import find_clips
+from transforms.records import as_text
 
 SCRIPT = "<script>document.title='owned'</script>.wav"
 MARKUP = "\"'><img src=x onerror=\"document.title='owned'\">&amp;.wav"
@@ -250,6 +254,35 @@ def test_a_damaged_file_is_told_and_the_others_are_reported(output, tmp_path):
 
 
 # ------------------------------------------------------------------------- previews
+
+
+def test_a_tar_is_read_as_tarfile_reads_it(tmp_path):
+    """Every kind of header: long names, other types, bytes that are no UTF-8."""
+    names = [
+        "plain.wav", "d" * 90 + "/" + "e" * 90 + ".wav", "f" * 140 + ".wav", "g" * 300 + ".wav",
+        "ä.wav", "b\udcff.wav", "empty.wav", "./dot.wav",
+    ]  # fmt: skip
+    for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        held = {}
+        with tarfile.open(tmp_path / "x.tar", "w", format=format, errors="surrogateescape") as tar:
+            for number, name in enumerate(names):
+                folder, link = tarfile.TarInfo(f"dir{number}"), tarfile.TarInfo(f"link{number}.wav")
+                folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "x"
+                info = tarfile.TarInfo(name)
+                content = b"" if name == "empty.wav" else bytes([number]) * (500 + 7 * number)
+                info.size = len(content)
+                try:
+                    info.tobuf(format, "utf-8", "surrogateescape")
+                except ValueError:
+                    continue  # USTAR has no room for so long a name
+                for member, file in ((folder, None), (info, io.BytesIO(content)), (link, None)):
+                    tar.addfile(member, file)
+                held[as_text(name)] = content
+        found = {
+            clip.member: clip.audio.read()
+            for clip in find_clips(str(tmp_path / "x.tar"), {*held, "link1.wav", "dir1"})
+        }
+        assert found == held and len(held) >= 6
 
 
 def test_a_preview_is_the_piece_that_was_asked_for(tmp_path, make_tar, encoded):
@@ -497,3 +530,34 @@ def test_nothing_is_wider_than_a_phone(chromium, written):
     chromium.open(written, width=360, height=740)
     assert chromium.run("document.documentElement.scrollWidth") <= 360
     assert problems(chromium) == []
+
+
+# ------------------------------------------------------------------------ in a bucket
+
+
+def test_from_bucket_and_into_it(tmp_path, lead_to, tiny_checkpoint, make_tar, encoded, noise):
+    """A tar, a Parquet file and loose files in Cloud Storage, some requests failing."""
+    sounds = {f"{n}.wav": encoded(noise(20_000, seed=n)) for n in range(6)}
+    names = sorted(sounds)
+    make_tar(tmp_path / "t.tar", [(name, sounds[name]) for name in names[:2]])
+    cells = [{"bytes": sounds[name], "path": name} for name in names[2:4]]
+    pq.write_table(pa.table({"audio": cells}), tmp_path / "p.parquet")
+    with CloudStorage("in", "out") as cloud:
+        lead_to(cloud.env)
+        for file in ("t.tar", "p.parquet"):
+            cloud.put("in", f"data/{file}", (tmp_path / file).read_bytes())
+        for name in names[4:]:
+            cloud.put("in", f"data/loose/{name}", sounds[name])
+        done = earmark(
+            "annotate", "gs://in/data", "-o", "gs://out/tags", "--checkpoint", tiny_checkpoint
+        )
+        assert done.exit_code == 0, done.output
+        cloud.faults = Faults(rate=0.1, kinds=("503", "reset", "short"), seed=1)
+        done = earmark("report", "gs://out/tags", "--labels", "2")
+        assert done.exit_code == 0, done.output
+        assert cloud.faults.counts
+        text = cloud.get("out", "tags/report.html").decode()
+    groups = section(text, "listen")[1]["groups"]
+    cards = [card for g in groups for kind in g["kinds"] for card in kind["clips"]]
+    assert {card["name"].rpartition("/")[2] for card in cards} >= set(names[:2])
+    assert all(card["why"] is None for card in cards), [card["why"] for card in cards]
