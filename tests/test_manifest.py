@@ -741,7 +741,7 @@ def test_manifests_in_a_folder_are_left_aside(audio: Path) -> None:
         ("set.zip", b"PK\3\4\0\0\0\0"),
         ("a.pdf", b"%PDF-1.7\n%\xb5\xb5"),
         ("m.csv", b"\0\1\2\3"),
-        ("a.dat.gz", gzip.compress(b"RIFF\4\0\0\0WAVE"), mtime=0),
+        ("a.dat.gz", gzip.compress(b"RIFF\4\0\0\0WAVE", mtime=0)),
     ],
 )
 def test_what_is_no_audio_is_refused_when_named(tmp_path: Path, name: str, content: bytes) -> None:
