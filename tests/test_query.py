@@ -4,7 +4,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -494,10 +493,18 @@ def test_a_reader_that_has_enough_and_ctrl_c(tags):
         "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range % 7 < b.range"
     )
     with subprocess.Popen(
-        [*command, endless], cwd=ROOT, stdout=-1, stderr=-1, env=os.environ
+        [*command, endless], cwd=ROOT, stdout=-1, stderr=-1, preexec_fn=heeds_ctrl_c
     ) as running:
-        time.sleep(3)
-        assert running.poll() is None
-        running.send_signal(signal.SIGINT)
-        assert running.wait(30) == 130
-        assert running.stderr.read() == b"Stopped. Nothing was changed.\n"
+        try:
+            time.sleep(3)
+            assert running.poll() is None
+            running.send_signal(signal.SIGINT)
+            assert running.wait(30) == 130
+            assert running.stderr.read() == b"Stopped. Nothing was changed.\n"
+        finally:
+            running.kill()  # else the `with` would wait for it
+
+
+def heeds_ctrl_c():
+    """What a shell starts in the background inherits that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
