@@ -738,7 +738,7 @@ def test_manifests_in_a_folder_are_left_aside(audio: Path) -> None:
         ("README.md", b"# A set\n\nof sounds\n"),
         ("notes.txt", b"These are notes, on sounds.\n"),
         ("notes", "été\n".encode() * 20_000),
-        ("set.zip", b"PK\3\4\0\0\0\0"),
+        ("set.docx", b"PK\3\4\0\0\0\0"),
         ("a.pdf", b"%PDF-1.7\n%\xb5\xb5"),
         ("m.csv", b"\0\1\2\3"),
         ("a.dat.gz", gzip.compress(b"RIFF\4\0\0\0WAVE", mtime=0)),

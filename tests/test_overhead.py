@@ -22,6 +22,7 @@ from pipeline.run import annotate, annotation_of, empty_pipeline, prepare
 from student.model import Student
 from transforms import decode
 from transforms.annotate import _decoded, _Watches
+from transforms.decode import DEFAULT_LIMITS
 from transforms.read import read_clips
 from transforms.readahead import read_ahead
 from transforms.records import Chunk, Shard
@@ -142,8 +143,8 @@ def test_a_waveform_is_copied_once_between_decoder_and_student(
     samples, clips = 2_000, 5
     mono = decode.AudioDecoder.mono
 
-    def watched(decoder: decode.AudioDecoder, sample_rate: int) -> Iterator[Waveform]:
-        for block in mono(decoder, sample_rate):
+    def watched(decoder: decode.AudioDecoder, *asked: Any) -> Iterator[Waveform]:
+        for block in mono(decoder, *asked):
             yield block.view(Watched)
 
     monkeypatch.setattr(decode.AudioDecoder, "mono", watched)
@@ -166,7 +167,9 @@ def test_a_waveform_is_copied_once_between_decoder_and_student(
 
     path = shard_of(clips, samples)
     shard = Shard("short", str(path), "tar", path.stat().st_size)
-    decoded = noted(_decoded(read_clips(shard), tiny_student.features, _Watches(), None))
+    decoded = noted(
+        _decoded(read_clips(shard), tiny_student.features, DEFAULT_LIMITS, None, _Watches(), None)
+    )
     scored = list(score_clips(read_ahead(decoded, 64), tiny_student))
     assert len(scored) == len(cut) == len(taken) == clips
     # The student gets the very arrays that were cut, and copies them once, into its batch.

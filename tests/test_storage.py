@@ -546,7 +546,10 @@ def test_clips_that_are_not_read_to_the_end_leave_no_thread(kind, monkeypatch, m
         names = tuple(name for name, _ in members)
         shard = Shard("a", "gs://b", "files", 1, files=names, file_sizes=(200_000,) * 30)
     store = Store(content)
-    monkeypatch.setattr("transforms.read.open_file_system", lambda url, access: (store, url))
+    for module in ("read", "opening"):
+        monkeypatch.setattr(
+            f"transforms.{module}.open_file_system", lambda url, access: (store, url)
+        )
     clips = read_clips(shard)
     assert next(clips).member == "00.wav"
     clips.close()

@@ -66,6 +66,7 @@ _BEGUN, _PROGRESS = 0, 1  # header: number of the clip under way, -1 for none; c
 
 # The process is no child of `multiprocessing`, which would import the owner's main module in it:
 # Beam's worker, or a script that has no guard.
+_PYTHON = sys.executable  # as it was before anybody changed it for processes of his own
 _START = (
     "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given.pop('path'); "
     "from transforms.decode_pool import _serve; _serve(**given)"
@@ -427,7 +428,7 @@ class _Child:
         }
         with contextlib.closing(theirs):
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _START, json.dumps(given)],
+                [_PYTHON, "-c", _START, json.dumps(given)],
                 pass_fds=(theirs.fileno(), *self._files),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transforms.listing import InputError, file_system_of, matches, stored_file, uri_of
+from transforms.listing import InputError, below, file_system_of, matches, stored_file, uri_of
 from transforms.manifest import (
     MANIFEST_SUFFIXES,
     Manifest,
@@ -178,8 +178,8 @@ def manifest_shards(
                 uri, file = segments, found
         elif manifest.form == "audioset":
             fs, path = file_system_of(root, access)
-            below = (found.path for _, found, _ in matches(fs, path, root, access, meter))
-            files = segment_files(below(path, name) for name in below if is_audio(name))
+            listed = (found.path for _, found, _ in matches(fs, path, root, access, meter))
+            files = segment_files(below(path, name) for name in listed if is_audio(name))
         notes.append(f"reads {as_text(uri)} as {manifest.said()}")
         packed = not file.size or _is_packed(uri, file, access)
         parts = divide(

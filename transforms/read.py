@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 from fsspec.implementations.local import LocalFileSystem
 
 from transforms.meter import Meter
-from transforms.opening import FILES_AHEAD, open_shard, seekable, spool
+from transforms.opening import FILES_AHEAD, fetch, open_shard, seekable, spool
 from transforms.read_manifest import read_manifest
 from transforms.read_table import OpenFile, read_arrow, read_parquet
 from transforms.read_tar import read_tar
@@ -106,7 +106,7 @@ def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Cli
     """
     fs, root = open_file_system(shard.uri, access)
 
-    def fetch(name: str, size: int, checksum: str | None) -> tuple[BinaryIO, str, int]:
+    def fetched_file(name: str, size: int, checksum: str | None) -> tuple[BinaryIO, str, int]:
         path = f"{root.rstrip('/')}/{name}"
         if size < 0:
             return fetch(fs.unstrip_protocol(path), access, meter)
@@ -121,7 +121,7 @@ def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Cli
         try:
             while True:
                 for name, size, checksum in islice(left, FILES_AHEAD - len(coming)):
-                    coming.append((name, pool.submit(fetch, name, size, checksum)))
+                    coming.append((name, pool.submit(fetched_file, name, size, checksum)))
                 if not coming:
                     return
                 name, fetched = coming.popleft()
