@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pipeline import __version__, flags
+from pipeline.compact import compact
 from pipeline.completion import complete_paths, completion
 from pipeline.distill import distill
 from pipeline.doctor import doctor
@@ -339,6 +340,7 @@ def schema(
             raise UsageError(str(error)) from error
 
 
+cli.add_command(compact)
 cli.add_command(compare)
 cli.add_command(estimate_like(annotate))
 cli.add_command(completion)

@@ -98,6 +98,7 @@ def _retry(
     except (ImportError, ValueError) as error:
         raise UsageError(f"OUTPUT {output!r} cannot be used: {error}") from error
     made = recorded_run(place, output)
+    ledger.refuse_compacted(made, output)
     thresholds = recorded_rows(made, recorded_labels(place, made), output).thresholds
     total = ShardSummary()
     failed: dict[str, int] = {}
