@@ -12,6 +12,7 @@ import click
 from pipeline import __version__, flags
 from pipeline.compact import compact
 from pipeline.completion import complete_paths, completion
+from pipeline.dataset import dataset
 from pipeline.distill import distill
 from pipeline.doctor import doctor
 from pipeline.estimate import estimate_like
@@ -344,6 +345,7 @@ cli.add_command(compact)
 cli.add_command(compare)
 cli.add_command(estimate_like(annotate))
 cli.add_command(completion)
+cli.add_command(dataset)
 cli.add_command(distill)
 cli.add_command(doctor)
 cli.add_command(evaluate)
