@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import shutil
 import sys
@@ -35,8 +34,7 @@ _NAMED = 20  # clips without audio that are told of one by one
 @click.command(
     epilog=flags.examples(
         "earmark dataset tags --tag Dog --under Music --any --to dogs-and-music",
-        "earmark dataset tags --where \"duration_s < 30 AND score('Siren') > 0.5\" --format webdataset "
-        "--split train=0.9,test=0.1 --to sirens",
+        "earmark dataset tags --tag 'Siren>0.5' --split train=0.9,test=0.1 --to sirens",
     )
 )
 @click.argument("output", metavar="OUTPUT")
@@ -173,6 +171,7 @@ def write_dataset(
     from pipeline.extract import wanted_of
     from pipeline.query import refuse_inside
     from pipeline.views import open_views
+    from transforms.output import partial_of, remove_abandoned
     from transforms.storage import CLOUD_STORAGE, Access
 
     if options.billing_project and not options.output.startswith(CLOUD_STORAGE):
@@ -193,8 +192,10 @@ def write_dataset(
         if not wanted:
             raise UsageError("no clip is as asked: there is nothing to write")
         split_of = divide(wanted, shares, options.seed)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        partial = partial_of(target)
         try:
+            if target.parent.is_dir():
+                remove_abandoned(target.parent)
             (partial / DATA_FOLDER).mkdir(parents=True)
             done = _fill(partial, wanted, split_of, shares, options, views, access, shown)
             _write_left_out(partial / LEFT_OUT_FILE, done.left_out)

@@ -194,6 +194,21 @@ print(len(parts), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) 
     assert float(more_mib) < 450
 
 
+def test_row_groups_are_of_a_size_that_engines_like():
+    small = pa.table({"n": np.arange(300_000)})
+    groups = list(compacting._groups([small.slice(0, 7), small.slice(7)], 64 << 20))
+    assert [len(group) for group in groups] == [122_880, 122_880, 54_240]
+    assert pa.concat_tables(groups) == small
+    large = pa.table(
+        {"v": pa.FixedSizeListArray.from_arrays(np.zeros(40_000 * 527, np.float32), 527)}
+    )
+    pieces = [large.slice(at, 8_192) for at in range(0, 40_000, 8_192)]
+    groups = list(compacting._groups(pieces, 64 << 20))
+    assert sum(map(len, groups)) == 40_000
+    for group in groups[:-1]:
+        assert 60 << 20 < group.nbytes < 68 << 20
+
+
 # ------------------------------------------------------------------------ what reads it
 
 

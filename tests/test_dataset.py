@@ -311,6 +311,20 @@ def test_nothing_found_is_an_error(tags, sources, tmp_path):
     assert "the audio of none of the 7 clips" in said and not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_one_left_is_removed(tags, tmp_path):
+    code = (
+        "import os, signal; from pipeline import dataset, dataset_card; from click.testing import CliRunner; "
+        "dataset_card.card = lambda *a: os.kill(os.getpid(), signal.SIGKILL); "
+        f"dataset.write_dataset(dataset.DatasetOptions({str(tags)!r}, {str(tmp_path / 'd')!r}))"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
+    assert killed.returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".d.") and list((left / "data").iterdir())
+    run("dataset", tags, "--to", tmp_path / "d")
+    assert [file.name for file in tmp_path.iterdir()] == ["d"]
+
+
 # ------------------------------------------------------------------------ the card
 
 

@@ -135,7 +135,8 @@ def test_a_clip_that_is_a_part_of_a_recording(tags, sources, tmp_path):
     for file in (output / "clips").iterdir():
         rows = pq.read_table(file)
         for name, value in (("start_s", 0.25), ("end_s", 0.5)):
-            rows = rows.append_column(name, pa.array([value] * len(rows), pa.float64()))
+            at = rows.schema.get_field_index(name)
+            rows = rows.set_column(at, name, pa.array([value] * len(rows), pa.float64()))
         pq.write_table(rows, file)
     asked = "SELECT * FROM clips WHERE member = 'deep/one.wav'"
     earmark("query", output, asked, "--extract", tmp_path / "out")
