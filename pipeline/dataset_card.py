@@ -86,6 +86,14 @@ def card(done: Written, features: Any, views: Views, suffix: str) -> str:
         f"{len(done.left_out):,} clips that were asked for are left out because their audio was not found"
         + ("; `left_out.csv` names them." if done.left_out else "."),
     ]
+    failed = _failures(views)
+    if failed:
+        kinds = ", ".join(f"{_plain(kind)} {count:,}" for kind, count in failed)
+        lines += [
+            "",
+            f"{sum(count for _, count in failed):,} clips of the output failed when they were tagged, and are "
+            f"never here ({kinds}).",
+        ]
     if partial:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in partial.most_common())
         lines += [
@@ -101,6 +109,14 @@ def card(done: Written, features: Any, views: Views, suffix: str) -> str:
     if len(done.tags) > _LABELS:
         lines.append(f"| and {len(done.tags) - _LABELS:,} more | |")
     return f"---\n{head.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
+
+
+def _failures(views: Views) -> list[tuple[str, int]]:
+    """(type of error, clips) of the output's clips without scores, most frequent first."""
+    with views.errors_explained():
+        return views.connection.execute(
+            "SELECT error.type, count(*) FROM all_rows WHERE tags IS NULL GROUP BY ALL ORDER BY 2 DESC, 1"
+        ).fetchall()
 
 
 def _asked(options: DatasetOptions) -> str:
