@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from pipeline import __version__, flags
+from pipeline.compact import compact
 from pipeline.completion import complete_paths, completion
+from pipeline.dataset import dataset
 from pipeline.distill import distill
 from pipeline.doctor import doctor
 from pipeline.estimate import estimate_like
@@ -339,9 +341,11 @@ def schema(
             raise UsageError(str(error)) from error
 
 
+cli.add_command(compact)
 cli.add_command(compare)
 cli.add_command(estimate_like(annotate))
 cli.add_command(completion)
+cli.add_command(dataset)
 cli.add_command(distill)
 cli.add_command(doctor)
 cli.add_command(evaluate)

@@ -215,10 +215,24 @@ def file_name(row: Wanted, suffix: str) -> str:
 def _extracted(
     wanted: Sequence[Wanted], folder: Path, format: str, views: Views, access: Access
 ) -> Iterator[Extracted]:
+    for row, clip in found_clips(wanted, views, access):
+        if isinstance(clip, str):
+            yield Extracted(row, problem=clip)
+        else:
+            yield _written(row, clip, folder, format)
+
+
+def found_clips(
+    wanted: Sequence[Wanted], views: Views, access: Access
+) -> Iterator[tuple[Wanted, EncodedClip | str]]:
+    """(row, its clip, or why there is none) of each row, shard by shard.
+
+    A clip is open until the next is asked for, and has the bytes that were annotated.
+    """
     shards: dict[str, list[Wanted]] = {}
     for row in wanted:
         if row.member is None or row.xxh128 is None:
-            yield Extracted(row, problem="the row is of a clip that could not be read")
+            yield row, "the row is of a clip that could not be read"
         else:
             shards.setdefault(row.shard, []).append(row)
     for shard, rows in shards.items():
@@ -239,7 +253,7 @@ def _extracted(
                 same = [row for row in left.get(clip.member, ()) if row.xxh128 == clip.xxh128]
                 for row in same:
                     left[clip.member].remove(row)
-                    yield _written(row, clip, folder, format)
+                    yield row, clip
                 if not any(left.values()):
                     break
         except UsageError:
@@ -252,7 +266,7 @@ def _extracted(
                 why = "its audio is not what was annotated: it has changed since"
             else:
                 why = problem or f"{row.member} is not in {shard} any more"
-            yield Extracted(row, problem=why)
+            yield row, why
 
 
 def _clips_of(shard: str, views: Views) -> int:
@@ -260,10 +274,10 @@ def _clips_of(shard: str, views: Views) -> int:
     if "://" not in shard or not shard.endswith(".tar"):
         return 0
     with views.errors_explained():
-        count = views.connection.execute(
+        ((count,),) = views.connection.execute(
             "SELECT count(*) FROM all_rows WHERE shard = $1", [shard]
-        ).fetchone()
-    return int(count[0]) if count else 0
+        ).fetchall()
+    return int(count)
 
 
 def _written(row: Wanted, clip: EncodedClip, folder: Path, format: str) -> Extracted:
@@ -272,7 +286,7 @@ def _written(row: Wanted, clip: EncodedClip, folder: Path, format: str) -> Extra
         return Extracted(
             row, problem="it is a part of a recording, whose bytes cannot be cut: take flac or wav"
         )
-    name = file_name(row, _suffix(row) if format == "original" else f".{format}")
+    name = file_name(row, suffix_of(row) if format == "original" else f".{format}")
     partial = folder / f".{name}.{os.getpid()}.partial"
     written_s, amiss = None, None
     try:
@@ -292,7 +306,7 @@ def _written(row: Wanted, clip: EncodedClip, folder: Path, format: str) -> Extra
     return Extracted(row, name, written_s, amiss)
 
 
-def _suffix(row: Wanted) -> str:
+def suffix_of(row: Wanted) -> str:
     """That of the member where it is an audio format's, else a guess from the codec."""
     suffix = posixpath.splitext(row.member or "")[1].lower()
     if suffix in AUDIO_SUFFIXES:

@@ -34,3 +34,25 @@ inputs_from = click.option(
     metavar="FILE",
     help="A file that names one INPUT a line.",
 )
+
+tags = click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="LABEL[>S]",
+    help="Clips that have this tag, or whose score of this label is above (>, >=) or below (<, <=) S. May be repeated.",
+)
+
+under = click.option(
+    "--under",
+    multiple=True,
+    metavar="LABEL",
+    help="Clips with a tag of this label or of any below it in AudioSet's ontology. May be repeated.",
+)
+
+any_of = click.option(
+    "--any/--all",
+    "any_of",
+    default=False,
+    help="Whether any of --tag and --under is enough, or all must hold. [default: all]",
+)

@@ -38,6 +38,7 @@ from transforms.write import CLIPS_FOLDER, RUN_FILE, Footer, ShardSummary, read_
 
 LABELS_FILE = "labels.parquet"
 SUMMARY_FILE = "summary.json"
+COMPACTED_KEY = "compacted"  # of the run.json that `earmark compact` writes
 REPORT_FILE = "report.html"  # of `earmark report`, where no other place is named
 
 _VERSIONS_OF = (
@@ -202,11 +203,32 @@ def claim(
         raise UsageError(
             f"{output.uri}/{RUN_FILE} is damaged; use --overwrite to start anew"
         ) from error
+    if COMPACTED_KEY not in run:
+        refuse_compacted(json.loads(claimed), name)
     if differences:
         raise UsageError(
             f"--output {name!r} holds rows that were made otherwise: {'; '.join(differences)}. {advice}"
         )
     return claimed.decode("utf-8")
+
+
+def refuse_compacted(made: Mapping[str, Any], name: str) -> None:
+    """Refuses an output of `earmark compact`, whose files are of no shards, for new rows.
+
+    Args:
+        made: its `run.json`.
+        name: what the user calls it.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if COMPACTED_KEY in made:
+        whole = made[COMPACTED_KEY].get("from", {}).get("output")
+        raise UsageError(
+            f"{name!r} was made by earmark compact, and its files are no shards': rows are added to, or "
+            f"tried again in, the output that it was made of, {whole!r}; compact that once more, into a "
+            "new folder"
+        )
 
 
 def empty(output: Output) -> None:
@@ -299,7 +321,26 @@ def sum_up(
         total.add(summary)
         if shard_id not in finished_before:
             now.add(summary)
-    content = {
+    content = summary_of(total, now, wall_s, metrics, profile)
+    if estimate is not None:
+        done = len(finished - finished_before)
+        content["estimate"] = beside_estimate(estimate, run, done, now, wall_s, metrics)
+    if not now.clips and _says(output, total):
+        return total, now  # the last run that did something is still what it tells of
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    publish_bytes(output, SUMMARY_FILE, text.encode())
+    return total, now
+
+
+def summary_of(
+    total: ShardSummary,
+    now: ShardSummary,
+    wall_s: float,
+    metrics: dict[str, Any],
+    profile: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What `summary.json` says of the output's totals and those of the last run."""
+    return {
         "clips": total.clips,
         "tagged": total.clips - total.failed,
         "failed": total.failed,
@@ -313,14 +354,6 @@ def sum_up(
         "metrics": metrics,
         "profile": profile,
     }
-    if estimate is not None:
-        done = len(finished - finished_before)
-        content["estimate"] = beside_estimate(estimate, run, done, now, wall_s, metrics)
-    if not now.clips and _says(output, total):
-        return total, now  # the last run that did something is still what it tells of
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    publish_bytes(output, SUMMARY_FILE, text.encode())
-    return total, now
 
 
 def beside_estimate(

@@ -28,25 +28,9 @@ _ORDER = re.compile(r"(.+?)\s+(asc|desc)", re.IGNORECASE | re.DOTALL)
 @click.command()
 @click.argument("output", metavar="OUTPUT")
 @click.argument("sql", required=False, metavar="[SQL]")
-@click.option(
-    "--tag",
-    "tags",
-    multiple=True,
-    metavar="LABEL[>S]",
-    help="Clips that have this tag, or whose score of this label is above (>, >=) or below (<, <=) S. May be repeated.",
-)
-@click.option(
-    "--under",
-    multiple=True,
-    metavar="LABEL",
-    help="Clips with a tag of this label or of any below it in AudioSet's ontology. May be repeated.",
-)
-@click.option(
-    "--any/--all",
-    "any_of",
-    default=False,
-    help="Whether any of --tag and --under is enough, or all must hold. [default: all]",
-)
+@flags.tags
+@flags.under
+@flags.any_of
 @click.option(
     "--chunk",
     is_flag=True,
@@ -149,9 +133,9 @@ def _query(options: QueryOptions) -> None:
         raise UsageError("--billing-project is for gs://, and OUTPUT is not there")
     format_ = format_of(options.to, options.format_)
     if options.to is not None:
-        _refuse_inside("--to", options.to, options.output)
+        refuse_inside("--to", options.to, options.output)
     if options.extract is not None:
-        _refuse_inside("--extract", options.extract, options.output)
+        refuse_inside("--extract", options.extract, options.output)
     with open_views(options.output, Access(options.billing_project)) as views:
         sql = options.sql if options.sql is not None else sql_of(options, views)
         if audio:
@@ -168,21 +152,7 @@ def sql_of(options: QueryOptions, views: Views) -> str:
     """
     view = "chunks" if options.chunk else "clips"
     columns = ("clip_id", "start_s", "end_s", "scores") if options.chunk else views.columns
-    conditions, named, scores = [], [], {}
-    for text in options.tags:
-        label, condition, settled = _condition(text, options, views)
-        conditions.append(condition)
-        named.append(label)
-        if settled and not options.any_of:
-            # Every row that is left has this tag, and the tag has the score.
-            scores[label.index] = f"list_filter(tags, lambda t: t.index = {label.index})[1].score"
-    for text in options.under:
-        below = views.labels.below(text)
-        if options.chunk:
-            reached = [_reaches(views.labels.rows[index]) for index in below]
-            conditions.append(f"({' OR '.join(filter(None, reached)) or 'false'})")
-        else:
-            conditions.append(f"{views.has_macro(below)}(tags)")
+    where, named, scores = condition_of(options, views)
 
     def expression(text: str, option: str) -> tuple[str, bool]:
         """(SQL, whether it is a label's score) of a column or label."""
@@ -222,11 +192,35 @@ def sql_of(options: QueryOptions, views: Views) -> str:
     select = ", ".join(
         f"{expression(name, '--columns')[0]} AS {name_quoted(name)}" for name in chosen
     )
-    where = (
-        f" WHERE {(' OR ' if options.any_of else ' AND ').join(conditions)}" if conditions else ""
-    )
+    where = where and f" WHERE {where}"
     limit = "" if options.limit is None else f" LIMIT {options.limit}"
     return f"SELECT {select} FROM {view}{where}{order}{limit}"
+
+
+def condition_of(options: QueryOptions, views: Views) -> tuple[str, list[LabelRow], dict[int, str]]:
+    """(SQL of --tag and --under, labels of --tag, SQL of the scores that `tags` holds, by label).
+
+    The first is empty where nothing is asked.
+
+    Raises:
+        UsageError: a label is unknown, or a condition cannot be understood.
+    """
+    conditions, named, scores = [], [], {}
+    for text in options.tags:
+        label, condition, settled = _condition(text, options, views)
+        conditions.append(condition)
+        named.append(label)
+        if settled and not options.any_of:
+            # Every row that is left has this tag, and the tag has the score.
+            scores[label.index] = f"list_filter(tags, lambda t: t.index = {label.index})[1].score"
+    for text in options.under:
+        below = views.labels.below(text)
+        if options.chunk:
+            reached = [_reaches(views.labels.rows[index]) for index in below]
+            conditions.append(f"({' OR '.join(filter(None, reached)) or 'false'})")
+        else:
+            conditions.append(f"{views.has_macro(below)}(tags)")
+    return (" OR " if options.any_of else " AND ").join(conditions), named, scores
 
 
 def _condition(text: str, options: QueryOptions, views: Views) -> tuple[LabelRow, str, bool]:
@@ -375,7 +369,12 @@ def _take_audio(views: Views, sql: str, options: QueryOptions) -> None:
         sys.exit(EXIT_FAILURES)
 
 
-def _refuse_inside(option: str, place: str, output: str) -> None:
+def refuse_inside(option: str, place: str, output: str) -> None:
+    """Refuses a place to write to that is none of this machine, or is in the output.
+
+    Raises:
+        UsageError: it is such a place.
+    """
     if "://" in place:
         raise UsageError(f"{option} {place!r}: it is written on this machine; copy it from there")
     inside = [Path(place).resolve(), *Path(place).resolve().parents]

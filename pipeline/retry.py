@@ -98,6 +98,7 @@ def _retry(
     except (ImportError, ValueError) as error:
         raise UsageError(f"OUTPUT {output!r} cannot be used: {error}") from error
     made = recorded_run(place, output)
+    ledger.refuse_compacted(made, output)
     thresholds = recorded_rows(made, recorded_labels(place, made), output).thresholds
     total = ShardSummary()
     failed: dict[str, int] = {}
@@ -130,8 +131,8 @@ def _retry(
     better = total.failed - outcome.total.failed
     click.echo(
         f"Tried {tried:,} failed row{'s' * (tried != 1)} of {len(found):,} shard"
-        f"{'s' * (len(found) != 1)} once more: {max(0, better):,} fewer "
-        f"row{'s' * (better != 1)} failed now, {outcome.total.failed:,} of {outcome.total.clips:,} in all."
+        f"{'s' * (len(found) != 1)} once more: {max(0, better):,} got scores. Of all "
+        f"{outcome.total.clips:,} clips {outcome.total.failed:,} failed."
     )
     if gone:
         named = ", ".join(gone[:_NOT_FOUND_TOLD]) + " ..." * (len(gone) > _NOT_FOUND_TOLD)

@@ -105,6 +105,7 @@ class Found:
     keep: int  # problems of a kind that are named
     quick: bool = False
     shards: int = 0  # that have a file
+    of: str = "shard"  # what a file holds
     total: ShardSummary = field(default_factory=lambda: _no_totals())
     compared: int | None = None  # shards of the inputs; None: there were none to compare with
     notes: list[str] = field(default_factory=list)  # what could not be looked at
@@ -133,7 +134,7 @@ class Found:
                     yield f"  and {count - len(self.named[kind]):,} more"
         total = self.total
         what = (
-            f"{total.clips:,} clips in {self.shards:,} shard{'s' * (self.shards != 1)}, "
+            f"{total.clips:,} clips in {self.shards:,} {self.of}{'s' * (self.shards != 1)}, "
             f"{total.clips - total.failed:,} scored and {total.failed:,} failed"
         )
         if self.counts:
@@ -222,12 +223,30 @@ def verify_output(
 
     finished = sorted(ledger.finished_shards(place))
     found.shards = len(finished)
-    options = recorded_options(made, output, inputs, inputs_from)
-    planned = _planned(options, access, place, set(finished), bool(inputs or inputs_from), found)
+    compacted = made.get(ledger.COMPACTED_KEY)
+    planned: dict[str, Shard] = {}
+    if compacted is None:
+        options = recorded_options(made, output, inputs, inputs_from)
+        planned = _planned(
+            options, access, place, set(finished), bool(inputs or inputs_from), found
+        )
+    else:
+        found.of, whole = "file", compacted["from"]["output"]
+        if inputs or inputs_from or audio:
+            raise UsageError(
+                f"OUTPUT {output!r} was made by earmark compact, and its files are no shards' that could "
+                f"be compared with inputs: verify the output that it was made of, {whole!r}"
+            )
+        found.notes.append(
+            "not compared with the inputs: it was made by earmark compact, and its files are no shards'; "
+            f"verify {whole} for that"
+        )
 
     def one(shard_id: str) -> tuple[str, Checked, list[Problem]]:
         name = f"{CLIPS_FOLDER}/{shard_id}.parquet"
-        checked = check_file(place, name, labels, rows, made["fingerprint"], quick=quick)
+        checked = check_file(
+            place, name, labels, rows, made["fingerprint"], quick=quick, compacted=compacted is not None
+        )  # fmt: skip
         compared: list[Problem] = []
         shard = planned.get(shard_id)
         if shard is not None and not quick:
@@ -243,7 +262,16 @@ def verify_output(
         digests.append(checked.id_digests)
     if digests and not quick:
         found.add(*_doubles(place, finished, np.concatenate(digests)))
-    _check_summary(place, found, complete=not found.counts["unreadable"])
+    complete = not found.counts["unreadable"]
+    if compacted is not None and complete and found.total.clips != compacted["clips"]:
+        found.add(
+            Problem(
+                "totals",
+                f"run.json: {compacted['clips']:,} clips were compacted, the files hold "
+                f"{found.total.clips:,}: one is missing, or is not of this output",
+            )
+        )
+    _check_summary(place, found, complete=complete)
     return found
 
 

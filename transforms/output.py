@@ -129,14 +129,17 @@ def partial_of(file: Path) -> Path:
 
 
 def remove_abandoned(*folders: Path) -> None:
-    """Deletes the partial files of processes of this host that are gone."""
+    """Deletes the partial files and folders of processes of this host that are gone."""
     host = re.escape(socket.gethostname())
     ours = re.compile(rf"\..*\.{host}\.(\d+)\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)}")
     for folder in folders:
         for partial in folder.glob(f".*{PARTIAL_SUFFIX}"):
             mark = ours.fullmatch(partial.name)
             if mark and not _is_running(int(mark.group(1))):
-                partial.unlink(missing_ok=True)
+                if partial.is_dir():
+                    shutil.rmtree(partial, ignore_errors=True)
+                else:
+                    partial.unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:

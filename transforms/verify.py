@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -72,6 +73,7 @@ def check_file(
     fingerprint: str,
     *,
     quick: bool = False,
+    compacted: bool = False,
 ) -> Checked:
     """Looks at one file: all of its rows, or (`quick`) its footer alone. A row group is in memory.
 
@@ -82,6 +84,7 @@ def check_file(
         options: what goes into a row.
         fingerprint: of the making that it has to be of.
         quick: read no rows.
+        compacted: it is no shard's, but has rows of many, sorted by their ids.
 
     Raises:
         OSError: storage does not answer.
@@ -137,9 +140,14 @@ def check_file(
     for what in _differences(footer.summary, counted):
         wrong("totals", what)
     shard_id = name.rpartition("/")[2].removesuffix(".parquet")
-    for clip_id in checked.ids:
-        if not clip_id.startswith(f"{shard_id}/"):
-            wrong("row", f"clip_id {clip_id} is not of this shard")
+    if compacted:
+        for before, clip_id in pairwise(checked.ids):
+            if clip_id < before:
+                wrong("row", f"clip_id {clip_id} comes after {before}: the rows are not sorted")
+    else:
+        for clip_id in checked.ids:
+            if not clip_id.startswith(f"{shard_id}/"):
+                wrong("row", f"clip_id {clip_id} is not of this shard")
     checked.summary = counted
     return checked
 
