@@ -89,7 +89,7 @@ def test_failed_rows_are_done_once_more_and_the_others_stay_bit_for_bit(
     done = earmark("retry", out)
     assert done.exit_code == 0, done.output
     assert (
-        "Tried 3 failed rows of 2 shards once more: 0 fewer rows failed now, 3 of 7 in all"
+        "Tried 3 failed rows of 2 shards once more: 0 got scores. Of all 7 clips 3 failed."
         in done.output
     )
     assert {i: bits(row) for i, row in rows_by_id(out).items()} == {
@@ -100,7 +100,7 @@ def test_failed_rows_are_done_once_more_and_the_others_stay_bit_for_bit(
     files = {file: file.stat().st_ino for file in (out / "clips").glob("*.parquet")}
     done = earmark("retry", out)
     assert done.exit_code == 0, done.output
-    assert "3 fewer rows failed now, 0 of 7 in all" in done.output
+    assert "3 got scores. Of all 7 clips 0 failed." in done.output
     assert all(file.stat().st_ino != number for file, number in files.items())
     after = rows_by_id(out)
     assert list(after) == list(before)  # the order too
@@ -313,7 +313,7 @@ def test_retry_in_the_cloud_replaces_one_generation(
         assert "1 finished shard changed since: gs://in/a.tar" in said
         cloud.requests.clear()
         said = earmark(cloud.env, "retry", "gs://out/o")
-        assert "2 fewer rows failed now" in said
+        assert "2 got scores" in said
         matched = [r.query.get("ifGenerationMatch") for r in cloud.requests if r.kind == "write"]
         assert [int(generation) > 0 for generation in matched if generation] == [True]
         assert "each clip of the inputs once" in earmark(
