@@ -22,6 +22,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+if __name__ == "__main__":  # this folder is first in the path, the checkout is not in it
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from bench.record import append_results, machine, table
 from transforms.read import read_clips
 from transforms.records import EncodedClip
