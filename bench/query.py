@@ -156,6 +156,8 @@ def clips(shard, start, end, usual, popularity, schema, random) -> pa.Table:
         "clip_id": [f"made-{shard:05d}-0123456789ab/{n:08d}.flac" for n in range(start, end)],
         "shard": [f"gs://bucket/audio/made-{shard:05d}.tar"] * count,
         "member": [f"{n:08d}.flac" for n in range(start, end)],
+        "start_s": [None] * count,
+        "end_s": [None] * count,
         "duration_s": np.round(random.uniform(1, 10, count), 3),
         "sample_rate": np.full(count, 48_000),
         "channels": random.integers(1, 3, count),
