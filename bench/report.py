@@ -178,7 +178,7 @@ def made_rows(
         error = {"stage": "decode", "type": "InvalidDataError", "message": "Invalid data"}
         yield {
             "clip_id": f"s-{shard:03d}-0123456789ab/{member}", "shard": str(tar), "member": member,
-            "duration_s": float(random.gamma(4, 2)), "sample_rate": 44_100, "channels": 1 + row % 2,
+            "start_s": None, "end_s": None, "duration_s": float(random.gamma(4, 2)), "sample_rate": 44_100, "channels": 1 + row % 2,
             "codec": "mp3", "audio_xxh128": sounds[row], "peak_dbfs": float(-abs(random.normal(0, 4))),
             "rms_dbfs": float(random.normal(-22, 8)),
             "tags": None if failed[row] else tags_of(scores, labels, options),
