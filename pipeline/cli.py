@@ -76,7 +76,7 @@ def cli() -> None:
     "--decode-processes",
     type=click.IntRange(0),
     metavar="N",
-    help="Processes that decode for each worker thread. [default: on a GPU of this machine its share of the cores, else 0: a thread decodes]",
+    help="Processes that decode for each worker thread. 0: a thread decodes, and a file that crashes a decoder ends the worker. [default: on a GPU of this machine its share of the cores, else 1]",
 )
 @click.option(
     "--dtype",

@@ -14,6 +14,9 @@ from pipeline.options import AnnotateOptions, UsageError
 from student.engine import choose_kernel
 from student.model import choose_device, choose_dtype, devices_of
 
+# Of each worker thread. Never 0 unasked: a decoder is compiled code that meets files of anybody's
+# making, and one that crashes is to cost a clip and not a worker.
+DECODE_PROCESSES = 1
 CLUSTERS = ("portable", "flink", "spark")  # runners whose workers may be other machines
 
 
@@ -29,7 +32,9 @@ def choose_workers_here(
                 f"--device {options.device} is of the workers, which this machine does not see: say what "
                 "they compute in, --dtype bfloat16 (Ampere and later) or float16"
             )
-        decoding = options.decode_processes or 0
+        decoding = (
+            DECODE_PROCESSES if options.decode_processes is None else options.decode_processes
+        )
         return dataflow.Workers(
             dataflow.NO_GPU, 0, options.device, options.dtype, decode_processes=decoding
         ), []
@@ -46,10 +51,11 @@ def choose_workers_here(
     processes = 1 if options.devices is None else processes_of(options.devices, device)
     decoding = options.decode_processes
     if decoding is None:
-        # A GPU scores more clips a second than one Python decodes; a CPU has no core to spare.
-        at_once = processes if options.devices else len(devices_of(str(device)))
-        share = len(os.sched_getaffinity(0)) // at_once
-        decoding = max(1, share - 1) if device.type == "cuda" and runner not in CLUSTERS else 0
+        decoding = DECODE_PROCESSES
+        if device.type == "cuda" and runner not in CLUSTERS:
+            # A GPU scores more clips a second than one Python decodes; a CPU has no core to spare.
+            at_once = processes if options.devices else len(devices_of(str(device)))
+            decoding = max(1, len(os.sched_getaffinity(0)) // at_once - 1)
     return dataflow.Workers(dataflow.NO_GPU, 0, str(device), dtype, processes, decoding), notes
 
 

@@ -33,7 +33,7 @@ from pipeline.profile import SIDES
 from pipeline.run import Job, annotate, annotation_of, empty_pipeline
 from student.checkpoint import read_json
 from student.model import Student
-from transforms.annotate import annotate_shard, load_student
+from transforms.annotate import annotate_shard, load_student, pool_of
 from transforms.decode_pool import DecodePool
 from transforms.meter import Meter
 from transforms.output import LocalOutput, publish_bytes
@@ -280,9 +280,7 @@ def measure(job: Job, sample: Sample, say: Callable[[str], None]) -> Measured:
         student.score([silence] * student.max_batch)
         startup = beam_s + time.monotonic() - started, time.process_time() - cpu_s
         say(f"tagging {len(sample.clips):,} clips here")
-        pool = None
-        if annotation.decode_processes:
-            pool = DecodePool(student.features, annotation.decode_processes)
+        pool = pool_of(annotation, student.features)
         try:
             return _passes(sample, student, annotation, output, pool, startup, load)
         finally:

@@ -33,7 +33,7 @@ class AnnotateOptions:
     checkpoint: str = BUNDLED
     device: str = "auto"
     devices: str | None = None  # `all`, or how many: a worker process for each
-    decode_processes: int | None = None  # of each worker; None: as many as its GPU can use
+    decode_processes: int | None = None  # of each worker thread; None: of `pipeline.devices`
     dtype: str = "auto"
     threshold: float | None = None  # None: the checkpoint's own
     thresholds: str | None = None  # a file of them

@@ -29,7 +29,7 @@ from apache_beam.options.pipeline_options import (
 )
 
 from pipeline import __version__, dataflow, ledger
-from pipeline.devices import CLUSTERS, choose_workers_here, computed_by
+from pipeline.devices import CLUSTERS, DECODE_PROCESSES, choose_workers_here, computed_by
 from pipeline.expected import ESTIMATE_FILE
 from pipeline.image import ImageUnknown, image_versions
 from pipeline.interrupt import workers_end_with_us
@@ -491,7 +491,9 @@ def _prepare_dataflow(
         )
     workers = replace(
         dataflow.choose_workers(options.gpu, options.dtype, beam_options),
-        decode_processes=options.decode_processes or 0,
+        decode_processes=DECODE_PROCESSES
+        if options.decode_processes is None
+        else options.decode_processes,
     )
     began = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     job_name = f"{dataflow.name_of(options.output)}-{began}"

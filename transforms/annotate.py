@@ -127,17 +127,7 @@ class _AnnotateShard(beam.DoFn):
         self._output = open_output(self._annotation.output, self._annotation.access, self._meter)
         self._progress = ProgressFile(self._annotation.progress_folder)
         self._reported_at = time.monotonic()
-        self._pool = None
-        if self._annotation.decode_processes:
-            limits = self._annotation.limits
-            self._pool = DecodePool(
-                self._student.features,
-                self._annotation.decode_processes,
-                # The process itself ends what is slow; this is for what hangs inside of a codec.
-                clip_timeout_s=limits.clip_timeout_s + _GRACE_S,
-                limits=limits,
-                hop_samples=self._annotation.hop_samples,
-            )
+        self._pool = pool_of(self._annotation, self._student.features)
 
     def teardown(self) -> None:
         """Ends the processes that decode."""
@@ -165,6 +155,20 @@ class _AnnotateShard(beam.DoFn):
             return
         self._reported_at = time.monotonic()
         self._students.waits.add(empty_into_beam(self._meter))
+
+
+def pool_of(annotation: Annotation, features: FeatureSpec) -> DecodePool | None:
+    """The processes that decode for one worker thread; None where a thread does."""
+    if not annotation.decode_processes:
+        return None
+    return DecodePool(
+        features,
+        annotation.decode_processes,
+        # The process itself ends what is slow; this is for what hangs inside of a codec.
+        clip_timeout_s=annotation.limits.clip_timeout_s + _GRACE_S,
+        limits=annotation.limits,
+        hop_samples=annotation.hop_samples,
+    )
 
 
 def empty_into_beam(meter: Meter) -> dict[str, list[int]]:
