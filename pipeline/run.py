@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -335,7 +335,7 @@ def execute(
             else:
                 with (
                     watch(job, Path(progress)),
-                    workers_end_with_us(),
+                    workers_end_with_us() if _starts_workers(job) else nullcontext(),
                     _causes(job.beam_options),
                 ):
                     result = root.run()
@@ -368,6 +368,12 @@ def execute(
     return Outcome(
         total, job.todo.shards, now.clips, now.audio_s, wall_s, profile, estimate, refused
     )
+
+
+def _starts_workers(job: Job) -> bool:
+    """Whether Beam starts worker processes here."""
+    direct = job.beam_options.view_as(DirectOptions)
+    return bool(direct.direct_running_mode == "multi_processing")
 
 
 @contextmanager

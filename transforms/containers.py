@@ -124,7 +124,9 @@ def _arrow_has_audio(stream: BinaryIO) -> tuple[bool, str]:
     try:
         schema, batches = open_arrow(stream)
         column = arrow_audio_column(schema, None)
-        column = column or arrow_audio_column(schema, next(batches, None))
+        if column is None and (first := next(batches, None)) is not None:
+            first.validate(full=True)
+            column = arrow_audio_column(schema, first)
     except (pa.ArrowException, OSError) as error:
         if not is_damage(error):
             raise

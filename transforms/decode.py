@@ -186,6 +186,11 @@ class _Loss:
     gaps_s: float = 0.0  # between timestamps
     broken_off: bool = False  # the container could be read no further
 
+    @property
+    def seconds(self) -> float:
+        """What is lost so far before something that decoded, where packets or their times tell."""
+        return max(self.before_s + self.between_s, self.gaps_s)
+
     def add(self, seconds: float, error: Exception) -> None:
         self.packets += 1
         self.first = self.first or error
@@ -231,6 +236,7 @@ class AudioDecoder:
         self._poses = False  # samples by its header, and a bitstream by what they hold
         self._skipped = 0  # samples that were seeked over
         self._position = 0  # samples decoded so far, those included
+        self._lost_s = 0.0  # before the block that was given last
         self.facts: SourceFacts | None = None
         self.library: str | None = None  # the one that decoded last: "ffmpeg" or "libsndfile"
 
@@ -300,6 +306,7 @@ class AudioDecoder:
     def _part(self, start_s: float, end_s: float) -> Iterator[NDArray[np.float32]]:
         """Blocks [channels, samples] of a part of the audio, within the limits."""
         start = end = most = 0
+        lost_before_s: float | None = None  # the part
         for block in self._first_that_begins(start_s):
             facts = self.facts
             assert facts is not None
@@ -312,31 +319,42 @@ class AudioDecoder:
                     start + most + 1 if whole else max(start + 1, round(end_s * facts.sample_rate))
                 )
             self._position = self._position or self._skipped
-            at = self._position
+            # Where it would lie in a recording of which nothing is lost: a part is found by time.
+            lost = round(self._lost_s * facts.sample_rate) if start or not whole else 0
+            at = self._position + lost
             self._position += block.shape[1]
-            if self._position > start:
+            if at + block.shape[1] > start:
+                lost_before_s = self._lost_s if lost_before_s is None else lost_before_s
                 given = block[:, max(0, start - at) : max(0, min(end, start + most) - at)]
                 if given.shape[1]:
                     yield given
-            if self._position > start + most and end > start + most:
+            if at + block.shape[1] > start + most and end > start + most:
                 raise ClipError(
                     "decode",
                     "TooLong",
                     f"the audio is longer than {self._limits.duration_s:g} s (--max-duration-s); what "
                     "comes after is left out",
                 )
-            if self._position >= end:
+            if at + block.shape[1] >= end:
+                lost_s = self._lost_s - (lost_before_s or 0.0)
+                if lost_s > _SHORT_S:
+                    raise ClipError(
+                        "decode",
+                        "Truncated",
+                        f"{lost_s:.2f} s of {end_s - start_s:.2f} s are missing: within the part, some "
+                        "of the recording cannot be decoded",
+                    )
                 return
         if self.facts is None:
             return
-        self._check_whole()
-        seconds = self._position / self.facts.sample_rate
-        if start_s and self._position <= start:
+        seconds = self._position / self.facts.sample_rate + self._loss.seconds
+        if start_s and seconds <= start_s:
             raise ClipError(
                 "decode",
                 "OutOfRange",
                 f"the part begins at {start_s:g} s, the audio ends at {seconds:.3f} s",
             )
+        self._check_whole()
         if not math.isinf(end_s) and end_s - seconds > _LATE_END_S:
             raise ClipError(
                 "decode",
@@ -425,7 +443,7 @@ class AudioDecoder:
     def _reset(self) -> None:
         """As before the first decoder."""
         self.facts, self._loss, self._stated_s = None, _Loss(), None
-        self._skipped, self._broken_frame = 0, False
+        self._skipped, self._broken_frame, self._lost_s = 0, False, 0.0
         self._file.seek(0)
 
     def _soundfile_gets_further(self) -> bool:
@@ -495,6 +513,12 @@ class AudioDecoder:
                     converter = _converter(frame, self.facts.sample_rate)
                     most = _block_samples(self.facts.sample_rate, frame.layout.nb_channels)
                 assert self.facts is not None
+                if self._loss.seconds != self._lost_s:  # what follows lies elsewhere
+                    if pending:
+                        self._begun = True
+                        yield _joined(pending)
+                        pending, samples = [], 0
+                    self._lost_s = self._loss.seconds
                 for converted in [frame] if converter is None else converter.resample(frame):
                     pending.append(converted)
                     samples += converted.samples

@@ -226,6 +226,7 @@ def count_arrow_rows(stream: BinaryIO, enough: int) -> int:
     rows = 0
     try:
         for batch in open_arrow(stream)[1]:
+            batch.validate(full=True)
             rows += batch.num_rows
             if rows >= enough:
                 break
@@ -245,6 +246,7 @@ def read_arrow(stream: BinaryIO, open_file: OpenFile) -> Clips:
     try:
         schema, batches = open_arrow(stream)
         for batch in batches:
+            batch.validate(full=True)  # Arrow would follow a damaged offset anywhere
             if column is None:
                 column = arrow_audio_column(schema, batch)
                 if column is None:

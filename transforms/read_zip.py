@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,7 +17,10 @@ Clips = Iterator[EncodedClip | UnreadableClip]
 Spool = Callable[[BinaryIO], tuple[BinaryIO, str, int]]
 
 # What zipfile raises for a member that is damaged, or packed in a way that it does not know.
-_MEMBER_ERRORS = (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
+_MEMBER_ERRORS = (
+    *(zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError),
+    *(ValueError, OverflowError, struct.error),  # names that are no UTF-8, places before the start
+)
 
 _ENCRYPTED = 1  # a bit of a member's flags
 
@@ -28,7 +32,7 @@ def zip_members(stream: BinaryIO, is_audio: Callable[[str], bool]) -> list[str] 
             return [
                 i.filename for i in archive.infolist() if not i.is_dir() and is_audio(i.filename)
             ]
-    except (zipfile.BadZipFile, EOFError):
+    except _MEMBER_ERRORS:
         return None
 
 
@@ -40,7 +44,7 @@ def read_zip(stream: BinaryIO, is_audio: Callable[[str], bool], spool: Spool) ->
     """
     try:
         archive = zipfile.ZipFile(stream)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except _MEMBER_ERRORS as error:
         message = f"the zip is broken: {error}"
         yield UnreadableClip(None, ClipError("read", "BrokenShard", message), {})
         return
