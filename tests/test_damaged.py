@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 import struct
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import soundfile
 from numpy.typing import NDArray
 
 from bench.fuzz import mutant, row_of, zoo_files
@@ -483,3 +485,32 @@ def test_a_mutant_is_the_same_again() -> None:
     assert len(set(made)) == 30
     assert all(a != b for a, b in itertools.pairwise(made))
     assert sys.getsizeof(made[0]) < 100_000
+
+
+def test_a_part_behind_what_is_lost_is_found_by_its_time() -> None:
+    rate = 16_000
+    sound = np.random.default_rng(0).normal(0, 0.02, 20 * rate).astype(np.float32)
+    sound[12 * rate : 13 * rate] = 0.5 * np.sin(np.arange(rate) * 0.3)
+    file = io.BytesIO()
+    soundfile.write(file, sound, rate, format="OGG", subtype="VORBIS")
+    content = file.getvalue()
+    pages = [match.start() for match in re.finditer(b"OggS", content)]
+    # One page is lost, well before the part and after the headers.
+    number = len(pages) // 3
+    damaged = content[: pages[number]] + content[pages[number + 1] :]
+
+    def part(content: bytes, start_s: float, end_s: float) -> tuple[float, ClipError | None]:
+        blocks, fault = [], None
+        try:
+            for block in AudioDecoder(io.BytesIO(content)).mono(rate, start_s, end_s):
+                blocks.append(block)
+        except ClipError as error:
+            fault = error
+        return float(np.sqrt(np.mean(np.square(np.concatenate(blocks))))), fault
+
+    whole, fault = part(content, 12, 13)
+    assert whole > 0.3 and fault is None
+    found, fault = part(damaged, 12, 13)
+    assert found == pytest.approx(whole, rel=0.02) and fault is None
+    _, fault = part(damaged, 0, 13)  # it holds the hole
+    assert fault is not None and fault.type == "Truncated" and "within the part" in fault.message

@@ -448,3 +448,20 @@ def test_the_file_form_of_arrow_is_read_too(tmp_path: Path) -> None:
         out.write_table(table, max_chunksize=1)
     (planned,) = plan_shards([str(tmp_path / "x.arrow")]).shards
     assert [clip[:2] for clip in clips(planned)] == [("row-00000000", FLAC), ("row-00000001", MP3)]
+
+
+def test_an_arrow_file_with_wild_offsets_is_a_broken_shard(tmp_path):
+    """Arrow itself would follow them, and end the process."""
+    audio = pa.array([b"RIFF" + bytes(40)] * 4, pa.binary())
+    values = pa.StructArray.from_arrays([audio, pa.array(["a", "b", "c", "d"])], ["bytes", "path"])
+    table = pa.table({"audio": values})
+    with pa.ipc.new_stream(str(tmp_path / "d.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    content = bytearray((tmp_path / "d.arrow").read_bytes())
+    offsets = np.array([0, 44, 88, 132, 176], np.int32).tobytes()
+    at = bytes(content).index(offsets)
+    content[at + 8 : at + 12] = np.int32(2**30).tobytes()
+    (tmp_path / "d.arrow").write_bytes(content)
+    (shard,) = plan_shards([str(tmp_path / "d.arrow")]).shards
+    *_, last = read_clips(shard)
+    assert last.member is None and last.error.type == "BrokenShard"

@@ -92,3 +92,13 @@ def test_a_zip_elsewhere_is_read(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe("/earmark-test-zip/a.zip", content)
     assert clips("memory://earmark-test-zip/a.zip") == [("a.wav", b"A" * 200_000)]
     assert isinstance(plan_shards(["memory://earmark-test-zip"]).shards[0], Shard)
+
+
+def test_a_name_that_is_no_utf8_in_a_zip_is_one_error(tmp_path):
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("\u00e4.wav", b"x")
+    content = (tmp_path / "z.zip").read_bytes().replace("\u00e4".encode(), b"\xff\xfe")
+    (tmp_path / "z.zip").write_bytes(content)
+    (shard,) = plan_shards([str(tmp_path / "z.zip")]).shards
+    (clip,) = read_clips(shard)
+    assert clip.error.type == "BrokenShard"
