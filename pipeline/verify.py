@@ -376,15 +376,19 @@ def _compared(
     shard: Shard, checked: Checked, name: str, access: Access, audio: bool
 ) -> Iterator[Problem]:
     """How a file's rows differ from the clips of its shard."""
-    from transforms.records import as_text
+    from transforms.records import BROKEN_SHARD, as_text
     from transforms.recount import read_ids, recount
     from transforms.verify import Problem
 
     if any(problem.kind == "unreadable" for problem in checked.problems):
         return
+    # The paths of a Parquet file may be whole where its audio is not.
+    broken = shard.kind == "parquet" and any(
+        clip_id.startswith(f"{shard.id}/{BROKEN_SHARD}") for clip_id in checked.ids
+    )
     try:
-        digests = dict(read_ids(shard, access)) if audio else {}
-        expected = Counter(digests.keys() if audio else recount(shard, access))
+        digests = dict(read_ids(shard, access)) if audio or broken else {}
+        expected = Counter(digests.keys() if audio or broken else recount(shard, access))
     except OSError as error:
         reason = error.strerror or error
         yield Problem(
@@ -398,8 +402,11 @@ def _compared(
         yield Problem("foreign row", clip_id)
     if audio:
         for clip_id, digest in zip(checked.ids, checked.hashes, strict=True):
-            now = digests.get(clip_id)
-            if digest is not None and now is not None and digest != now:
+            if digest is None or clip_id not in digests:
+                continue
+            if digests[clip_id] is None:
+                yield Problem("changed audio", f"{clip_id} (it cannot be read)")
+            elif digests[clip_id] != digest:
                 yield Problem("changed audio", clip_id)
 
 

@@ -285,6 +285,47 @@ def test_audio_that_changed_without_a_trace(tmp_path, tiny_checkpoint, make_tar,
     assert list(problems(tmp_path / "out", audio=True)) == ["changed audio"]
 
 
+def test_audio_that_is_gone_is_told_where_audio_is_looked_at(
+    tmp_path, tiny_checkpoint, encoded, noise
+):
+    for number in range(2):
+        (tmp_path / f"{number}.wav").write_bytes(encoded(noise(8_000, seed=number)))
+    (tmp_path / "clips.csv").write_text("path\n0.wav\n1.wav\nnever.wav\n")
+    asked = ("-o", tmp_path / "out", "--checkpoint", tiny_checkpoint)
+    assert earmark("annotate", tmp_path / "clips.csv", *asked).exit_code == 0
+    assert not problems(tmp_path / "out", audio=True)
+    (tmp_path / "1.wav").unlink()
+    assert not problems(tmp_path / "out")
+    (told,) = problems(tmp_path / "out", audio=True)["changed audio"]
+    assert told.endswith("/1.wav (it cannot be read)")
+
+
+def test_a_parquet_file_with_a_damaged_page_has_a_row_for_it(
+    tmp_path, tiny_checkpoint, encoded, noise
+):
+    cells = [{"bytes": encoded(noise(8_000, seed=n)), "path": f"{n}.wav"} for n in range(6)]
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    file = tmp_path / "t.parquet"
+    table = pa.table({"audio": pa.array(cells, struct)})
+    pq.write_table(table, file, row_group_size=2, compression="zstd", use_dictionary=False)
+    page = pq.read_metadata(file).row_group(1).column(0)
+    content = bytearray(file.read_bytes())
+    end = page.data_page_offset + page.total_compressed_size
+    content[page.data_page_offset + 40 : end] = b"\xaa" * (end - page.data_page_offset - 40)
+    file.write_bytes(content)
+    asked = ("-o", tmp_path / "out", "--checkpoint", tiny_checkpoint)
+    assert earmark("annotate", file, *asked).exit_code == 0
+    found = verify_output(str(tmp_path / "out"))
+    assert not found.named and found.total.clips == 5 and found.total.failed == 1
+    assert not problems(tmp_path / "out", audio=True)
+
+
+def test_segments_need_no_chunks_to_be_verified(tmp_path, inputs, tiny_checkpoint):
+    asked = ("-o", tmp_path / "out", "--checkpoint", tiny_checkpoint, "--segments")
+    assert earmark("annotate", inputs / "a.tar", *asked).exit_code == 0
+    assert not problems(tmp_path / "out")
+
+
 def test_inputs_that_are_gone(output, inputs, tmp_path):
     run = json.loads((output / "run.json").read_text())
     (output / "run.json").write_text(json.dumps(run | {"inputs": [str(tmp_path / "gone")]}))
