@@ -142,6 +142,59 @@ def test_a_run_with_other_inputs_into_the_same_output(
     assert "14 clips in 6 shards" in done.output
 
 
+def test_a_later_run_with_a_glob_of_loose_files(output, tmp_path, encoded, noise, tiny_checkpoint):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for name in ("00.wav", "01.wav", "10.wav"):
+        (folder / name).write_bytes(encoded(noise(5_000)))
+    asked = ("-o", output, "--checkpoint", tiny_checkpoint, "--chunks")
+    assert earmark("annotate", folder / "0*.wav", *asked).exit_code == 0
+    done = earmark("verify", output)
+    assert done.exit_code == 0, done.output
+    assert "Note: 1 files are of loose files that no input of run.json names" in done.output
+    assert len(problems(output, (str(folder),))["foreign file"]) == 6
+
+
+def test_a_folder_with_one_file_less_is_not_what_was_annotated(
+    tmp_path, encoded, noise, tiny_checkpoint
+):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for name in ("a.wav", "b.wav"):
+        (folder / name).write_bytes(encoded(noise(5_000)))
+    asked = ("-o", tmp_path / "out", "--checkpoint", tiny_checkpoint)
+    assert earmark("annotate", folder, *asked).exit_code == 0
+    (folder / "b.wav").unlink()
+    assert problems(tmp_path / "out").keys() == {"missing shard", "foreign file"}
+
+
+def test_relative_places_begin_where_the_run_began(
+    tmp_path, monkeypatch, encoded, noise, tiny_checkpoint
+):
+    began, elsewhere = tmp_path / "began", tmp_path / "elsewhere"
+    for folder in (began / "deep", began / "audio", elsewhere):
+        folder.mkdir(parents=True)
+    for name in ("audio/a.wav", "audio/b.wav", "deep/c.wav"):
+        (began / name).write_bytes(encoded(noise(5_000)))
+    (began / "audio/b.wav").write_bytes(b"nothing")
+    (began / "clips.csv").write_text("path\na.wav\nb.wav\n")
+    (began / "lists.txt").write_text("clips.csv\ndeep\n")
+    monkeypatch.chdir(began)
+    done = earmark("annotate", "--inputs-from", "lists.txt", "--audio-root", "audio",
+                   "-o", tmp_path / "out", "--checkpoint", tiny_checkpoint)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out/run.json").read_text())["started_in"] == str(began)
+    monkeypatch.chdir(elsewhere)
+    found = verify_output(str(tmp_path / "out"), audio=True)
+    assert not found.named and not found.notes and found.compared == 2
+    (began / "audio/b.wav").write_bytes(encoded(noise(6_000)))
+    done = earmark("retry", tmp_path / "out")
+    assert done.exit_code == 0 and "1 got scores" in done.output, done.output
+    done = earmark("query", tmp_path / "out", "--extract", "cut")
+    assert done.exit_code == 0, done.output
+    assert len(list((elsewhere / "cut").glob("*.flac"))) == 3
+
+
 @pytest.mark.parametrize("kept", [0.2, 0.9, 0.999])
 def test_a_file_that_is_cut(output, kept):
     file = file_of(output, "a")
