@@ -19,6 +19,7 @@ import click
 import pyarrow as pa
 import xxhash
 
+from pipeline.ledger import from_folder
 from pipeline.options import UsageError
 from pipeline.rows import safe
 from pipeline.views import Views
@@ -235,6 +236,7 @@ def found_clips(
             yield row, "the row is of a clip that could not be read"
         else:
             shards.setdefault(row.shard, []).append(row)
+    root = views.run["options"].get("audio_root")
     for shard, rows in shards.items():
         left: dict[str, list[Wanted]] = {}
         for row in rows:
@@ -246,7 +248,7 @@ def found_clips(
                 list(left),
                 access,
                 clips=_clips_of(shard, views),
-                audio_root=views.run["options"].get("audio_root"),
+                audio_root=root and from_folder(views.run.get("started_in"), root),
             )
             for clip in found:
                 seen.add(clip.member)

@@ -30,7 +30,7 @@ from transforms.chunk import hop_samples_of
 from transforms.decode import RESAMPLE_QUALITY
 from transforms.output import Output, publish_bytes, remove_output
 from transforms.records import Shard, as_text
-from transforms.shard_id import source_of
+from transforms.shard_id import has_row_groups, source_of
 from transforms.shards import outdated
 from transforms.source import what_changed
 from transforms.storage import is_local, public_name, public_url
@@ -94,6 +94,7 @@ def describe_run(
         "pad": None if options.pad == "zero" else options.pad,
         "segments": options.segments or None,
     }
+    places = (*options.inputs, *filter(None, [options.audio_root]))
     return {
         "earmark": __version__,
         "id": uuid.uuid4().hex,  # of this beginning: --overwrite gives another, resuming does not
@@ -109,12 +110,12 @@ def describe_run(
         "scoring": scoring,
         "thresholds": {label.name: t for label, t in zip(checkpoint.labels, thresholds, strict=True)},
         "inputs": [as_text(public_url(pattern)) for pattern in options.inputs],
-        # Where inputs that are relative paths begin, for who reads them once more.
-        "started_in": as_text(str(Path.cwd())) if any(map(is_relative, options.inputs)) else None,
+        # Where relative paths begin, those in lists too, for who reads them once more.
+        "started_in": as_text(str(Path.cwd())) if options.inputs_from or any(map(is_relative, places)) else None,
         "options": {
             name: value
             for name, value in asdict(options).items()
-            if name not in ("inputs", "output", "checkpoint", "overwrite", "refresh")
+            if name not in ("inputs", "output", "checkpoint", "overwrite", "refresh", "lists_start_in")
             and not name.startswith(("dry_run", "job_file", "detach", "profile"))
         },
         "computed_by": dict(computed_by),
@@ -125,6 +126,11 @@ def describe_run(
 def is_relative(place: str) -> bool:
     """Whether a place is a path of this machine that depends on where a command is run."""
     return is_local(place) and not os.path.isabs(place)
+
+
+def from_folder(folder: str | None, place: str) -> str:
+    """A place as it is named from elsewhere: a relative path begins at `folder`, None for here."""
+    return os.path.join(folder, place) if folder and is_relative(place) else place
 
 
 def labels_digest(labels: Sequence[Label]) -> str:
@@ -283,7 +289,11 @@ def refuse_other_divisions(
             file = pq.ParquetFile(stream, pre_buffer=False)
             table = file.read(["shard", "member"], use_threads=False)
         rows = zip(table["shard"].to_pylist(), table["member"].to_pylist(), strict=True)
-        if "-rg" in shard_id or source_of(shard_id) in manifests or not files.isdisjoint(rows):
+        if (
+            has_row_groups(shard_id)
+            or source_of(shard_id) in manifests
+            or not files.isdisjoint(rows)
+        ):
             raise UsageError(
                 f"{output.uri}/{name} is finished, but its input is divided "
                 "otherwise by now (files or rows were added or removed, or --files-per-shard is another): clips "

@@ -54,6 +54,7 @@ class AnnotateOptions:
     max_duration_s: float = 86_400.0
     clip_timeout_s: float = 600.0
     inputs_from: tuple[str, ...] = ()  # files that name more inputs
+    lists_start_in: str | None = None  # what their relative lines begin at; None: where we are
     path_column: str | None = None  # of manifests, as the next four; None: found
     id_column: str | None = None
     start_column: str | None = None

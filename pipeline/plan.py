@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from pipeline.ledger import from_folder
 from pipeline.options import AnnotateOptions, UsageError
 from transforms.manifest import ManifestOptions
 from transforms.meter import Meter
@@ -146,5 +147,5 @@ def named_inputs(options: AnnotateOptions, access: Access) -> tuple[str, ...]:
         named = [line for line in lines if line and not line.startswith("#")]
         if not named:
             raise UsageError(f"--inputs-from {file!r} names no input; expected one a line")
-        inputs += named
+        inputs += [from_folder(options.lists_start_in, line) for line in named]
     return tuple(inputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -119,13 +118,20 @@ def recorded_options(
     if inputs or inputs_from:
         given = inputs, inputs_from
     else:
-        given = tuple(made.get("inputs", ())), options.inputs_from
-        if folder := made.get("started_in"):
-            given = tuple(_from(folder, place) for place in given[0]), given[1]
+        given = tuple(
+            tuple(place_of(made, place) for place in places)
+            for places in (made.get("inputs", ()), options.inputs_from)
+        )
+        options = replace(options, lists_start_in=made.get("started_in"))
     return replace(
-        options, inputs=given[0], inputs_from=given[1], dtype=made["scoring"].get("dtype", "auto")
+        options,
+        inputs=given[0],
+        inputs_from=given[1],
+        audio_root=options.audio_root and place_of(made, options.audio_root),
+        dtype=made["scoring"].get("dtype", "auto"),
     )
 
 
-def _from(folder: str, place: str) -> str:
-    return os.path.join(folder, place) if ledger.is_relative(place) else place
+def place_of(made: Mapping[str, Any], place: str) -> str:
+    """A place that a `run.json` names, wherever we are: a relative path from where the run began."""
+    return ledger.from_folder(made.get("started_in"), place)

@@ -339,7 +339,7 @@ def _check_scores(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from transforms.retag import RetagError, check_columns
+    from transforms.retag import RetagError, check_retaggable
     from transforms.write import CLIPS_FOLDER
 
     for shard_id in sorted(shards):
@@ -347,7 +347,7 @@ def _check_scores(
         try:
             with source.open(name) as stream:
                 schema = pq.read_schema(stream)
-            check_columns(schema, labels, rows, f"{source.uri}/{name}")
+            check_retaggable(schema, labels, rows, f"{source.uri}/{name}")
         except RetagError as error:
             raise UsageError(str(error)) from error
         except (OSError, pa.ArrowException) as error:

@@ -288,6 +288,7 @@ def _planned(
     from pipeline.plan import named_inputs, shards_of
     from transforms.listing import InputError
     from transforms.records import as_text
+    from transforms.storage import public_url
     from transforms.verify import Problem
 
     try:
@@ -309,11 +310,14 @@ def _planned(
     for reason in gone:
         found.notes.append(f"an input is gone, and its clips are not compared: {reason}")
     planned: dict[str, Shard] = {}
+    folders = set()  # of loose files
     missing = 0
     if there:
         found.compared = 0
         for shard in shards_of(tuple(there), options, access, Counter()):
             found.compared += 1
+            if shard.kind == "files":
+                folders.add(as_text(public_url(shard.uri)))
             if shard.id in finished:
                 planned[shard.id] = shard
             else:
@@ -324,15 +328,26 @@ def _planned(
     foreign = sorted(finished - planned.keys())
     if foreign and not given:
         # A later run into this output may have had other inputs; files say what theirs were.
-        later = _by_source(output, foreign, options, access)
+        later, loose = _by_source(output, foreign, options, access)
         if later:
-            planned |= later
             found.compared = (found.compared or 0) + len(later)
             found.notes.append(
                 f"{len(later):,} shards are not of the inputs that run.json names, and were found where their "
                 "files say"
             )
-        foreign = sorted(set(foreign) - later.keys())
+        # Of loose files only their folder is recorded, and not which of them a glob named.
+        apart = {
+            shard_id
+            for shard_id, uri in loose.items()
+            if not gone and shard_id not in later and uri not in folders
+        }
+        if apart:
+            found.notes.append(
+                f"{len(apart):,} files are of loose files that no input of run.json names, and are not "
+                "compared with them; name all inputs for that"
+            )
+        foreign = sorted(set(foreign) - later.keys() - apart)
+        planned |= later
     if gone and foreign:
         found.notes.append(f"{len(foreign):,} files are not compared with their shards")
     elif there:
@@ -349,18 +364,20 @@ def _planned(
 
 def _by_source(
     output: Output, shard_ids: list[str], options: AnnotateOptions, access: Access
-) -> dict[str, Shard]:
-    """Of finished shards, those that are found again where their files say they came from."""
+) -> tuple[dict[str, Shard], dict[str, str]]:
+    """Of finished shards: (those found again where their files say they came from, folders of loose files)."""
     from pipeline import ledger
     from pipeline.plan import shards_of
     from transforms.listing import InputError
     from transforms.write import Footer
 
-    sources = {
-        str(footer.source["uri"])
-        for _, footer in ledger.footers(output, shard_ids)
-        if isinstance(footer, Footer) and footer.source is not None
-    }
+    sources, loose = set(), {}
+    for shard_id, footer in ledger.footers(output, shard_ids):
+        if isinstance(footer, Footer) and footer.source is not None:
+            uri = str(footer.source["uri"])
+            sources.add(uri)
+            if "files" in footer.source:
+                loose[shard_id] = uri
     wanted, again = set(shard_ids), {}
     for uri in sorted(sources):
         try:
@@ -369,22 +386,26 @@ def _by_source(
                     again[shard.id] = shard
         except (InputError, OSError):
             continue
-    return again
+    return again, loose
 
 
 def _compared(
     shard: Shard, checked: Checked, name: str, access: Access, audio: bool
 ) -> Iterator[Problem]:
     """How a file's rows differ from the clips of its shard."""
-    from transforms.records import as_text
+    from transforms.records import BROKEN_SHARD, as_text
     from transforms.recount import read_ids, recount
     from transforms.verify import Problem
 
     if any(problem.kind == "unreadable" for problem in checked.problems):
         return
+    # The paths of a Parquet file may be whole where its audio is not.
+    broken = shard.kind == "parquet" and any(
+        clip_id.startswith(f"{shard.id}/{BROKEN_SHARD}") for clip_id in checked.ids
+    )
     try:
-        digests = dict(read_ids(shard, access)) if audio else {}
-        expected = Counter(digests.keys() if audio else recount(shard, access))
+        digests = dict(read_ids(shard, access)) if audio or broken else {}
+        expected = Counter(digests.keys() if audio or broken else recount(shard, access))
     except OSError as error:
         reason = error.strerror or error
         yield Problem(
@@ -398,8 +419,11 @@ def _compared(
         yield Problem("foreign row", clip_id)
     if audio:
         for clip_id, digest in zip(checked.ids, checked.hashes, strict=True):
-            now = digests.get(clip_id)
-            if digest is not None and now is not None and digest != now:
+            if digest is None or clip_id not in digests:
+                continue
+            if digests[clip_id] is None:
+                yield Problem("changed audio", f"{clip_id} (it cannot be read)")
+            elif digests[clip_id] != digest:
                 yield Problem("changed audio", clip_id)
 
 

@@ -749,6 +749,13 @@ def test_two_runs_that_divide_a_folder_differently_do_not_end_well(
         execute(second)
 
 
+def test_a_folders_name_does_not_make_its_files_row_groups(prepared, tmp_path):
+    folder = (tmp_path / "in").rename(tmp_path / "my-rg-set")
+    for number in (0, 1):
+        execute(prepared(inputs=(str(folder / f"{number}.wav"),)))
+    assert len(list((tmp_path / "out" / "clips").glob("*.parquet"))) == 2
+
+
 def test_a_bundle_that_comes_again_does_nothing_twice(prepared, tiny_student):
     job = prepared(files_per_shard=1)
     annotation, meter = running.annotation_of(job, None), Meter()

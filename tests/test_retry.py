@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from click.testing import CliRunner
 
 from bench.stand_ins import CloudStorage
@@ -360,6 +361,22 @@ def test_the_same_size_and_another_time_is_a_change(annotate, inputs, tmp_path):
     done = annotate(out)
     assert "a.tar (the same size, another modification time)" in done.output
     assert "w.wav" not in done.output
+
+
+def test_metadata_beside_files_that_changed_is_a_change(annotate, inputs, tmp_path):
+    out = tmp_path / "out"
+    (inputs / "metadata.csv").write_text("file_name,who\nu.wav,me\n")
+    assert annotate(out).exit_code == 0
+    assert "changed" not in annotate(out).output
+    (inputs / "metadata.csv").write_text("file_name,who\nu.wav,you\n")
+    assert "1 of 3 files: u.wav" in annotate(out).output
+    assert annotate(out, "--refresh").exit_code == 0
+    (table,) = (table for name, table in tables(out).items() if name.startswith("inputs-"))
+    told = dict(zip(table["member"].to_pylist(), table["metadata"].to_pylist(), strict=True))
+    assert json.loads(told["u.wav"]) == {"who": "you"}
+    assert "changed" not in annotate(out).output
+    plain = Shard("f", "f", "files", 5, ("a.wav",), file_sizes=(5,), file_checksums=("mtime:1",))
+    assert describe_source(plain)["files"] == [xxhash.xxh32_hexdigest(b"5 mtime:1")]
 
 
 def test_many_finished_shards_are_looked_at_when_asked(annotate, inputs, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from transforms import containers, shards, storage
 from transforms.listing import InputError
 from transforms.read import read_clips
 from transforms.records import EncodedClip, Shard
-from transforms.shard_id import source_of
+from transforms.shard_id import has_row_groups, source_of
 from transforms.shards import (
     Plan,
     find_shards,
@@ -522,6 +522,14 @@ def outdated_by(planned: Iterable[Shard], finished: Iterable[str]) -> list[str]:
     ids = {shard.id for shard in planned}
     sources = {source_of(shard.id) for shard in planned if shard.kind != "tar"}
     return outdated(sources, [shard_id for shard_id in finished if shard_id not in ids])
+
+
+def test_row_groups_are_told_by_the_end_of_an_id() -> None:
+    assert has_row_groups("t-0123456789ab-rg00000-00004")
+    for other in ("my-rg-set-0123456789ab-00000-0123456789ab", "a-rg00000-00004-0123456789ab"):
+        assert not has_row_groups(other)
+    assert source_of("t-0123456789ab-rg00000-00004") == "t-0123456789ab"
+    assert source_of("my-rg-set-0123456789ab-00000-0123456789ab") == "my-rg-set-0123456789ab"
 
 
 def test_nothing_is_outdated_when_the_input_is_the_same(tmp_path: Path) -> None:

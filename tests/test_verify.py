@@ -142,6 +142,59 @@ def test_a_run_with_other_inputs_into_the_same_output(
     assert "14 clips in 6 shards" in done.output
 
 
+def test_a_later_run_with_a_glob_of_loose_files(output, tmp_path, encoded, noise, tiny_checkpoint):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for name in ("00.wav", "01.wav", "10.wav"):
+        (folder / name).write_bytes(encoded(noise(5_000)))
+    asked = ("-o", output, "--checkpoint", tiny_checkpoint, "--chunks")
+    assert earmark("annotate", folder / "0*.wav", *asked).exit_code == 0
+    done = earmark("verify", output)
+    assert done.exit_code == 0, done.output
+    assert "Note: 1 files are of loose files that no input of run.json names" in done.output
+    assert len(problems(output, (str(folder),))["foreign file"]) == 6
+
+
+def test_a_folder_with_one_file_less_is_not_what_was_annotated(
+    tmp_path, encoded, noise, tiny_checkpoint
+):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for name in ("a.wav", "b.wav"):
+        (folder / name).write_bytes(encoded(noise(5_000)))
+    asked = ("-o", tmp_path / "out", "--checkpoint", tiny_checkpoint)
+    assert earmark("annotate", folder, *asked).exit_code == 0
+    (folder / "b.wav").unlink()
+    assert problems(tmp_path / "out").keys() == {"missing shard", "foreign file"}
+
+
+def test_relative_places_begin_where_the_run_began(
+    tmp_path, monkeypatch, encoded, noise, tiny_checkpoint
+):
+    began, elsewhere = tmp_path / "began", tmp_path / "elsewhere"
+    for folder in (began / "deep", began / "audio", elsewhere):
+        folder.mkdir(parents=True)
+    for name in ("audio/a.wav", "audio/b.wav", "deep/c.wav"):
+        (began / name).write_bytes(encoded(noise(5_000)))
+    (began / "audio/b.wav").write_bytes(b"nothing")
+    (began / "clips.csv").write_text("path\na.wav\nb.wav\n")
+    (began / "lists.txt").write_text("clips.csv\ndeep\n")
+    monkeypatch.chdir(began)
+    done = earmark("annotate", "--inputs-from", "lists.txt", "--audio-root", "audio",
+                   "-o", tmp_path / "out", "--checkpoint", tiny_checkpoint)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out/run.json").read_text())["started_in"] == str(began)
+    monkeypatch.chdir(elsewhere)
+    found = verify_output(str(tmp_path / "out"), audio=True)
+    assert not found.named and not found.notes and found.compared == 2
+    (began / "audio/b.wav").write_bytes(encoded(noise(6_000)))
+    done = earmark("retry", tmp_path / "out")
+    assert done.exit_code == 0 and "1 got scores" in done.output, done.output
+    done = earmark("query", tmp_path / "out", "--extract", "cut")
+    assert done.exit_code == 0, done.output
+    assert len(list((elsewhere / "cut").glob("*.flac"))) == 3
+
+
 @pytest.mark.parametrize("kept", [0.2, 0.9, 0.999])
 def test_a_file_that_is_cut(output, kept):
     file = file_of(output, "a")
@@ -283,6 +336,47 @@ def test_audio_that_changed_without_a_trace(tmp_path, tiny_checkpoint, make_tar,
     os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert not problems(tmp_path / "out")
     assert list(problems(tmp_path / "out", audio=True)) == ["changed audio"]
+
+
+def test_audio_that_is_gone_is_told_where_audio_is_looked_at(
+    tmp_path, tiny_checkpoint, encoded, noise
+):
+    for number in range(2):
+        (tmp_path / f"{number}.wav").write_bytes(encoded(noise(8_000, seed=number)))
+    (tmp_path / "clips.csv").write_text("path\n0.wav\n1.wav\nnever.wav\n")
+    asked = ("-o", tmp_path / "out", "--checkpoint", tiny_checkpoint)
+    assert earmark("annotate", tmp_path / "clips.csv", *asked).exit_code == 0
+    assert not problems(tmp_path / "out", audio=True)
+    (tmp_path / "1.wav").unlink()
+    assert not problems(tmp_path / "out")
+    (told,) = problems(tmp_path / "out", audio=True)["changed audio"]
+    assert told.endswith("/1.wav (it cannot be read)")
+
+
+def test_a_parquet_file_with_a_damaged_page_has_a_row_for_it(
+    tmp_path, tiny_checkpoint, encoded, noise
+):
+    cells = [{"bytes": encoded(noise(8_000, seed=n)), "path": f"{n}.wav"} for n in range(6)]
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    file = tmp_path / "t.parquet"
+    table = pa.table({"audio": pa.array(cells, struct)})
+    pq.write_table(table, file, row_group_size=2, compression="zstd", use_dictionary=False)
+    page = pq.read_metadata(file).row_group(1).column(0)
+    content = bytearray(file.read_bytes())
+    end = page.data_page_offset + page.total_compressed_size
+    content[page.data_page_offset + 40 : end] = b"\xaa" * (end - page.data_page_offset - 40)
+    file.write_bytes(content)
+    asked = ("-o", tmp_path / "out", "--checkpoint", tiny_checkpoint)
+    assert earmark("annotate", file, *asked).exit_code == 0
+    found = verify_output(str(tmp_path / "out"))
+    assert not found.named and found.total.clips == 5 and found.total.failed == 1
+    assert not problems(tmp_path / "out", audio=True)
+
+
+def test_segments_need_no_chunks_to_be_verified(tmp_path, inputs, tiny_checkpoint):
+    asked = ("-o", tmp_path / "out", "--checkpoint", tiny_checkpoint, "--segments")
+    assert earmark("annotate", inputs / "a.tar", *asked).exit_code == 0
+    assert not problems(tmp_path / "out")
 
 
 def test_inputs_that_are_gone(output, inputs, tmp_path):

@@ -59,6 +59,8 @@ def clip_id_of(shard_id: str, name: str, seen: dict[str, int]) -> str:
     return unique(f"{shard_id}/{name}", seen)
 
 
+BROKEN_SHARD = "(broken shard)"  # the name of what tells where a shard broke
+
 # Kinds of shards that are never a part of their file.
 WHOLE_FILES = ("tar", "arrow", "tfrecord", "zip")
 
@@ -198,7 +200,7 @@ def name_of(clip: Named) -> str:
     if clip.name is not None:
         return clip.name
     if clip.member is None:
-        return "(broken shard)"
+        return BROKEN_SHARD
     if clip.start_s is None and clip.end_s is None:
         return clip.member
     end = "" if clip.end_s is None else f"{clip.end_s:.12g}"

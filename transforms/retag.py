@@ -78,7 +78,7 @@ def retag_file(
                 pq.ParquetFile(opened.enter_context(source.open(name)), pre_buffer=False)
             )
         schema = file.schema_arrow.remove_metadata()
-        check_columns(schema, labels, options, place)
+        check_retaggable(schema, labels, options, place)
         with output.scratch(name) as scratch:
             with (
                 scratch.open("wb") as target,
@@ -116,6 +116,23 @@ def _readable(place: str) -> Iterator[None]:
         ) from error
 
 
+def check_retaggable(
+    schema: pa.Schema, labels: Sequence[Label], options: RowOptions, place: str
+) -> None:
+    """Makes sure that a file has what its tags and segments are made of.
+
+    Raises:
+        RetagError: as of `check_columns`, or it has segments without the chunks' scores.
+    """
+    check_columns(schema, labels, options, place)
+    if "segments" in schema.names and "chunks" not in schema.names:
+        raise RetagError(
+            f"{place} has a column 'segments' and no 'chunks', without which segments cannot be "
+            "recomputed: other tags need another earmark annotate, with --segments, and with --chunks "
+            "to spare you the next one"
+        )
+
+
 def check_columns(
     schema: pa.Schema, labels: Sequence[Label], options: RowOptions, place: str
 ) -> None:
@@ -130,12 +147,6 @@ def check_columns(
                 f"{place} has no column {column!r}, without which tags cannot be recomputed: take the "
                 "output as earmark annotate wrote it"
             )
-    if "segments" in schema.names and "chunks" not in schema.names:
-        raise RetagError(
-            f"{place} has a column 'segments' and no 'chunks', without which segments cannot be "
-            "recomputed: other tags need another earmark annotate, with --segments, and with --chunks "
-            "to spare you the next one"
-        )
     expected = pa.list_(
         pa.float16() if options.score_type == "float16" else pa.float32(), len(labels)
     )

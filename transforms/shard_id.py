@@ -13,10 +13,17 @@ from transforms.storage import (
 )
 from transforms.suffixes import TAR_SUFFIXES
 
+_ROW_GROUPS = r"-rg\d{5}-\d{5}$"
+
+
+def has_row_groups(shard_id: str) -> bool:
+    """Whether an id is of some row groups of a Parquet file."""
+    return re.search(_ROW_GROUPS, shard_id) is not None
+
 
 def source_of(shard_id: str) -> str:
     """The part of an id that names the tar, Parquet file, manifest or folder."""
-    return re.sub(r"(-rg\d{5}-\d{5}|-\d{5,}-[0-9a-f]{12})$", "", shard_id)
+    return re.sub(rf"({_ROW_GROUPS}|-\d{{5,}}-[0-9a-f]{{12}}$)", "", shard_id)
 
 
 def shard_id(uri: str) -> str:

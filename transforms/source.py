@@ -19,7 +19,7 @@ def describe_source(shard: Shard) -> dict[str, Any]:
 
     `uri` and `size_bytes`; of a tar or Parquet file its `version` (`crc32c:`, `etag:` or
     `mtime:`; null where the file system shows none), of loose files a `version` of all and
-    in `files` 8 hex digits for each, in the shard's order.
+    in `files` 8 hex digits for each, in the shard's order, of the file and its metadata.
     """
     described: dict[str, Any] = {
         "uri": as_text(public_url(shard.uri)),
@@ -80,4 +80,6 @@ def _kind(version: str) -> str:
 def _file_version(shard: Shard, number: int) -> str:
     size = shard.file_sizes[number] if shard.file_sizes else None
     checksum = shard.file_checksums[number] if shard.file_checksums else None
-    return xxhash.xxh32_hexdigest(f"{size} {checksum}".encode())
+    metadata = shard.file_metadata[number] if shard.file_metadata else ""
+    told = f" {metadata}" if metadata else ""  # so that a file without any has the version it had
+    return xxhash.xxh32_hexdigest(f"{size} {checksum}{told}".encode("utf-8", "surrogateescape"))

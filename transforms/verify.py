@@ -30,7 +30,7 @@ KINDS = {
     "missing clip": "clips of the inputs without a row",
     "foreign row": "rows whose clip is not in the inputs",
     "double row": "clip ids that are in the output more than once",
-    "changed audio": "rows whose clip has other bytes by now",
+    "changed audio": "rows whose clip has other bytes by now, or cannot be read any more",
     "row": "rows that contradict themselves",
 }
 
