@@ -815,7 +815,7 @@ def _identity(part: ManifestSlice, content: bytes, files: Sequence[str]) -> str:
     if not any(is_signed(url.strip()) for url in urls):
         return part.digest
     records = [_unsigned(record) for record in _records(part, lines_of(io.BytesIO(content)))]
-    return xxhash.xxh3_64_hexdigest(json.dumps(records))
+    return xxhash.xxh3_64_hexdigest(json.dumps(records).encode())
 
 
 def _unsigned(value: Any) -> Any:
