@@ -40,6 +40,7 @@ from transforms.output import LocalOutput, publish_bytes
 from transforms.progress import ProgressFile
 from transforms.records import EncodedClip, Shard, UnreadableClip, as_text
 from transforms.sample import Part, Reservoir, Taken, draw_shards, extent_of, read_part
+from transforms.storage import public_url
 from transforms.write import CLIPS_FOLDER, RUN_FILE
 
 INTERVAL = 0.8  # how often the truth is to be within a range
@@ -241,7 +242,7 @@ def _read_stratum(
             )
         except OSError as error:
             reason = error.strerror or error
-            raise UsageError(f"{shard.uri!r} cannot be read: {reason}") from error
+            raise UsageError(f"{public_url(shard.uri)!r} cannot be read: {reason}") from error
         if part is not None:
             stratum.parts.append(part)
     stratum.taken = reservoir.kept
@@ -449,7 +450,7 @@ def project(
     return {
         "format": FORMAT,
         "earmark": __version__,
-        "inputs": [as_text(name) for name in job.options.inputs],
+        "inputs": [as_text(public_url(name)) for name in job.options.inputs],
         "scoring": scoring,
         "checkpoint": about["checkpoint"]["name"],
         "device": gpu or job.workers.device,

@@ -41,6 +41,7 @@ SUMMARY_FILE = "summary.json"
 COMPACTED_KEY = "compacted"  # of the run.json that `earmark compact` writes
 REPORT_FILE = "report.html"  # of `earmark report`, where no other place is named
 
+_PLACES = ("audio_root", "thresholds")  # options that may be URLs
 _VERSIONS_OF = (
     "torch", "transformers", "apache-beam", "pyarrow", "numpy", "av", "soundfile", "soxr"
 )  # fmt: skip
@@ -113,7 +114,7 @@ def describe_run(
         # Where relative paths begin, those in lists too, for who reads them once more.
         "started_in": as_text(str(Path.cwd())) if options.inputs_from or any(map(is_relative, places)) else None,
         "options": {
-            name: value
+            name: _public(name, value)
             for name, value in asdict(options).items()
             if name not in ("inputs", "output", "checkpoint", "overwrite", "refresh", "lists_start_in")
             and not name.startswith(("dry_run", "job_file", "detach", "profile"))
@@ -121,6 +122,13 @@ def describe_run(
         "computed_by": dict(computed_by),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS_OF},
     }  # fmt: skip
+
+
+def _public(name: str, value: Any) -> Any:
+    """An option's value, places on the web without what lets one in."""
+    if name == "inputs_from":
+        return [public_url(file) for file in value]
+    return public_url(value) if name in _PLACES and isinstance(value, str) else value
 
 
 def is_relative(place: str) -> bool:

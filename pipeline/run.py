@@ -50,7 +50,7 @@ from transforms.output import LocalOutput, Output, open_output, remove_abandoned
 from transforms.records import Shard, as_text
 from transforms.retry import Retry
 from transforms.shards import unpack_shards
-from transforms.storage import CLOUD_STORAGE, Access, is_local
+from transforms.storage import CLOUD_STORAGE, Access, is_local, public_url
 from transforms.write import CLIPS_FOLDER, RowOptions, ShardSummary
 
 logger = logging.getLogger(__name__)
@@ -273,7 +273,7 @@ def _with_changed(
     for shard, how in ledger.changed_shards(output, planned.kept):
         changed.add(shard)
         if len(told) < _CHANGED_TOLD:
-            told.append(f"{as_text(shard.uri)} ({how})")
+            told.append(f"{as_text(public_url(shard.uri))} ({how})")
     kept = changed.todo()
     if not kept.shards:
         return planned.todo, set(), []

@@ -323,7 +323,10 @@ def _planned(
             else:
                 missing += 1
                 found.add(
-                    Problem("missing shard", f"{as_text(shard.uri)} (clips/{shard.id}.parquet)")
+                    Problem(
+                        "missing shard",
+                        f"{as_text(public_url(shard.uri))} (clips/{shard.id}.parquet)",
+                    )
                 )
     foreign = sorted(finished - planned.keys())
     if foreign and not given:
@@ -353,7 +356,7 @@ def _planned(
     elif there:
         for shard_id in foreign:
             found.add(Problem("foreign file", f"clips/{shard_id}.parquet"))
-    changed = [f"{as_text(s.uri)} ({how})" for s, how in islice(ledger.changed_shards(output, planned.values()), 1_000)]  # fmt: skip
+    changed = [f"{as_text(public_url(s.uri))} ({how})" for s, how in islice(ledger.changed_shards(output, planned.values()), 1_000)]  # fmt: skip
     if changed:
         more = ", ..." * (len(changed) > 5)
         found.notes.append(
@@ -395,6 +398,7 @@ def _compared(
     """How a file's rows differ from the clips of its shard."""
     from transforms.records import BROKEN_SHARD, as_text
     from transforms.recount import read_ids, recount
+    from transforms.storage import public_url
     from transforms.verify import Problem
 
     if any(problem.kind == "unreadable" for problem in checked.problems):
@@ -409,7 +413,8 @@ def _compared(
     except OSError as error:
         reason = error.strerror or error
         yield Problem(
-            "missing clip", f"{name}: its source {as_text(shard.uri)} cannot be read: {reason}"
+            "missing clip",
+            f"{name}: its source {as_text(public_url(shard.uri))} cannot be read: {reason}",
         )
         return
     rows = Counter(checked.ids)

@@ -251,6 +251,16 @@ def test_each_row_is_a_row_whatever_is_wrong_with_it(audio: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "url",
+    "sftp://127.0.0.1:1/x smb://h/x git://x github://o:r@m/x ftp://127.0.0.1:1/x reference://x dir://x "
+    "generic://x zip://x tar://x memory://x local://x abfs://c/x".split(),
+)
+def test_a_scheme_that_rows_may_not_name_costs_a_row(audio: Path, url: str) -> None:
+    found = rows(write(audio / "m.csv", f"path\n{url}\na.wav\n"))
+    assert [row.get("error") for row in found] == ["BadManifestRow", None]
+
+
 def test_each_json_line_is_a_row_whatever_is_wrong_with_it(audio: Path) -> None:
     lines = [
         b'{"path": "a.wav"}', b"{broken", b'{"path": 7}', b'{"text": "no path"}', b"[1]",
@@ -323,7 +333,9 @@ def test_where_a_path_leads(path: str, root: str, url: str) -> None:
 
 def test_what_lets_one_in_is_not_shown() -> None:
     assert shown("https://me:secret@h/a.wav?x=1") == "https://h/a.wav?x=1"
-    assert shown("https://h/a.wav?n=1&X-Amz-Signature=abc") == "https://h/a.wav"
+    assert shown("https://h/a.wav?n=1&X-Amz-Signature=abc") == "https://h/a.wav?n=1"
+    assert shown("https://h/a.wav?x-oss-signature=abc&key=abc") == "https://h/a.wav"
+    assert shown("ftp://me:secret@h/a.wav") == "ftp://h/a.wav"
     assert shown("a.wav?sig=1") == "a.wav?sig=1"
 
 
@@ -379,6 +391,24 @@ def test_an_id_depends_on_the_rows_and_where_their_paths_lead(tmp_path: Path) ->
     assert [s.id for s in after[:2]] == [s.id for s in before[:2]]
     sources = {source_of(s.id) for s in after}
     assert outdated(sources, {s.id for s in before} - {s.id for s in after}) == [before[2].id]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("m.csv", "path,label\n{},x\na.wav,y\n"),
+        ("m.jsonl", '{{"path": "{}", "label": "x"}}\n'),
+        ("wav.scp", "one {}\n"),
+    ],
+)
+def test_urls_that_are_signed_anew_are_the_same_shard(tmp_path: Path, name: str, text: str) -> None:
+    def ids(url: str) -> list[str]:
+        return [s.id for s in plan(write(tmp_path / name, text.format(url)))]
+
+    url = "https://h/a.wav?id=1"
+    assert ids(f"{url}&X-Amz-Signature=1") == ids(f"{url}&X-Amz-Signature=2") != ids(url)
+    assert ids("https://h/a.wav?id=2&X-Amz-Signature=1") != ids(f"{url}&X-Amz-Signature=1")
+    assert ids("/x.wav?sig=1") != ids("/x.wav?sig=2")
 
 
 def test_rows_of_one_recording_stay_in_one_shard(tmp_path: Path) -> None:
@@ -723,6 +753,16 @@ def test_other_files_of_that_name_are_left_aside(audio: Path, text: str) -> None
     assert rows(audio) == [A, B, C]
 
 
+def test_metadata_names_audio_of_its_own_folder_only(audio: Path) -> None:
+    for name in ("a.wav", "pic.jpg", "sub/b.wav"):
+        write(audio / "set" / name, name)
+    names = ["a.wav", "pic.jpg", "../a.wav", f"{audio}/a.wav", "file:///a.wav", "http://h/x.wav",
+             "../set/../deep/c.wav", "gone.wav", "./sub/../sub/b.wav"]  # fmt: skip
+    write(audio / "set/metadata.csv", "file_name,label\n" + "".join(f"{n},x\n" for n in names))
+    found = {row["member"]: row.get("error") for row in rows(audio / "set")}
+    assert found == {"a.wav": None, "gone.wav": "FileNotFound", "sub/b.wav": None}
+
+
 def test_manifests_in_a_folder_are_left_aside(audio: Path) -> None:
     numbered(audio, 3)
     assert rows(audio) == [A, B, C]
@@ -895,6 +935,15 @@ def test_audio_and_manifests_of_the_web(audio: Path, web: str, monkeypatch: Any)
     expected = [b"a.wav", "FileNotFound", "Refused", "Unreachable", b"a.wav"]
     assert [row.get("audio") or row["error"] for row in rows(file)] == expected
     assert [row.get("audio") or row["error"] for row in rows(f"{web}/m.csv")] == expected
+
+
+def test_a_manifest_of_the_web_names_no_file_of_this_machine(audio: Path, web: str) -> None:
+    write(audio / "m.csv", f"path\n{audio}/a.wav\nfile://{audio}/a.wav\na.wav\n")
+    found = [row.get("error") for row in rows(f"{web}/m.csv")]
+    assert found == ["NotReachable", "NotReachable", None]
+    write(audio / "m.csv", f"path\n{audio}/a.wav\n{audio}/deep/c.wav\n../a.wav\nc.wav\n")
+    found = [row.get("error") for row in rows(f"{web}/m.csv", audio_root=str(audio / "deep"))]
+    assert found == ["NotReachable", None, "NotReachable", None]
 
 
 # --------------------------------------------------------------------- end to end

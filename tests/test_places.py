@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bench.stand_ins import Exchange, Reply, S3Server, Server, as_json, raw
-from transforms import storage
+from transforms import opening, storage
 from transforms.listing import InputError
 from transforms.read import read_clips
 from transforms.records import UnreadableClip
@@ -161,6 +161,42 @@ def test_a_file_of_unknown_size_is_refused(web: Web) -> None:
         plan_shards([f"{web.url}/a.tar"])
 
 
+def test_a_row_of_unknown_size_is_read_to_its_end_or_to_a_bound(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytes(3 * MIB)
+
+    def answer(http: Exchange) -> None:
+        http.send_response(200)
+        http.end_headers()
+        http.close_connection = True
+        if http.command == "HEAD":
+            return
+        try:
+            http.wfile.write(content)
+            while http.route == "/endless.wav":
+                http.wfile.write(content)
+        except OSError:  # nobody listens any more
+            pass
+
+    monkeypatch.setattr(opening, "MAX_UNSIZED_BYTES", 4 * MIB)
+    server = Server(answer)
+    try:
+        url = f"http://127.0.0.1:{server.port}"
+        for name in ("a", "endless"):
+            file = tmp_path / f"{name}.csv"
+            file.write_text(f"path\n{url}/{name}.wav\n")
+            (shard,) = plan_shards([str(file)]).shards
+            (clip,) = read_clips(shard)
+            if name == "a":
+                assert not isinstance(clip, UnreadableClip) and clip.size_bytes == len(content)
+            else:
+                assert isinstance(clip, UnreadableClip)
+                assert (clip.error.stage, clip.error.type) == ("read", "TooLarge")
+    finally:
+        server.stop()
+
+
 # ------------------------------------------------------------------------ secrets
 
 
@@ -222,6 +258,21 @@ def test_a_presigned_url_leaves_its_signature_nowhere(
     for text in (said, caplog.text, written.decode("latin-1")):
         assert "5ECRET" not in text and "KEY/2026" not in text
     assert "Nothing left to do" in earmark({}, "annotate", *urls, "-o", tmp_path / "out")
+
+    web.files["/set/m.csv"] = f"path\n{urls[1]}\n".encode()
+    web.files["/list.txt"] = f"{web.url}/set/m.csv{SIGNED}5ECRET\n".encode()
+    listed, root = f"{web.url}/list.txt{SIGNED}5ECRET", f"{web.url}/set{SIGNED}5ECRET"
+    said = earmark(
+        {}, "annotate", "--inputs-from", listed, "--audio-root", root, "-o", tmp_path / "manifest"
+    )
+    files = [f for f in (tmp_path / "manifest").rglob("*") if f.is_file()]
+    for text in (said, b"".join(f.read_bytes() for f in files).decode("latin-1")):
+        assert "5ECRET" not in text and "KEY/2026" not in text
+    assert f"{web.url}/set/m.csv as a CSV manifest" in " ".join(said.split())
+    options = json.loads((tmp_path / "manifest/run.json").read_text())["options"]
+    assert options["inputs_from"] == [f"{web.url}/list.txt"]
+    assert options["audio_root"] == f"{web.url}/set"
+
     web.secret = "another"
     wrong = earmark({}, "annotate", *urls, "-o", tmp_path / "out2", code=2)
     assert "5ECRET" not in wrong and "403" in wrong

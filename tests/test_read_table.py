@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from transforms import storage
 from transforms.audio_bytes import is_audio_bytes, wav_of
 from transforms.listing import InputError
 from transforms.read import read_clips
@@ -185,7 +186,10 @@ def test_bytes_need_no_path(tmp_path: Path, column: pa.Array, name: str) -> None
     ]
 
 
-def test_paths_may_be_absolute_or_urls_or_nowhere(tmp_path: Path) -> None:
+def test_paths_may_be_absolute_or_urls_or_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "ROW_SCHEMES", (*storage.ROW_SCHEMES, "memory"))
     there = sound_file(tmp_path, "elsewhere/a.flac")
     fsspec.filesystem("memory").pipe("/earmark-test-table/b.flac", MP3)
     (tmp_path / "folder").mkdir()
@@ -194,13 +198,14 @@ def test_paths_may_be_absolute_or_urls_or_nowhere(tmp_path: Path) -> None:
         *(str(there), f"file://{there}", "../elsewhere/a.flac"),
         *("memory://earmark-test-table/b.flac", "memory://earmark-test-table/gone.flac"),
         *("gone.flac", "../folder", "nosuch://x/a.flac", "/dev/zero", "x.parquet/a", "n" * 300),
+        *("ftp://127.0.0.1:1/x", "dir://x", "generic://x", "zip://x", "reference://x"),
     ]
     file = write(tmp_path / "set" / "x.parquet", {"a": "Audio"}, a=pa.array(paths))
     found = clips(shard("parquet", file))
     assert [clip[0] for clip in found] == paths
     assert [clip[1] for clip in found] == [
         *(FLAC, FLAC, FLAC, MP3, "FileNotFound", "FileNotFound", "NoFile", "NotReachable"),
-        *("NoFile", "FileNotFound", "OSError"),
+        *("NoFile", "FileNotFound", "OSError", *["NotReachable"] * 5),
     ]
     assert (
         found[5][2] == "the row holds no audio bytes, and the file that its path names is not there"
@@ -210,12 +215,17 @@ def test_paths_may_be_absolute_or_urls_or_nowhere(tmp_path: Path) -> None:
 def test_paths_of_a_remote_parquet_file_lie_beside_it(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/earmark-test-table/deep/a.flac", FLAC)
-    file = write(tmp_path / "x.parquet", {"a": "Audio"}, a=pa.array(["deep/a.flac", "/etc/passwd"]))
+    file = write(
+        tmp_path / "x.parquet",
+        {"a": "Audio"},
+        a=pa.array(["deep/a.flac", "/etc/passwd", "file:///etc/passwd"]),
+    )
     memory.pipe("/earmark-test-table/x.parquet", file.read_bytes())
     (planned,) = plan_shards(["memory://earmark-test-table/x.parquet"]).shards
     assert clips(planned) == [
         ("deep/a.flac", FLAC, {}),
         ("/etc/passwd", "NotReachable", "the path is one of another machine"),
+        ("file:///etc/passwd", "NotReachable", "the path is one of another machine"),
     ]
 
 

@@ -387,7 +387,7 @@ def retry_shard(
     """
     assert annotation.retry is not None
     name = f"{CLIPS_FOLDER}/{shard.id}.parquet"
-    logger.info("begins %s", shard.uri)
+    logger.info("begins %s", public_url(shard.uri))
     watches = _Watches()
     try:
         mending = Mending(output, name, shard, annotation.retry)

@@ -30,7 +30,10 @@ from transforms.storage import (
     Access,
     StoredFile,
     find_cloud,
+    is_local,
+    public_url,
 )
+from transforms.suffixes import is_audio
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,21 @@ def folder_metadata(uri: str, file: StoredFile, access: Access) -> list[tuple[st
         if rows is None:
             rows = list(folder_rows(found, lines))
     except ManifestError as error:
-        raise InputError(f"{uri!r} {error}") from error
+        raise InputError(f"{public_url(uri)!r} {error}") from error
     return [(row.url, json.dumps(row.metadata, default=str)) for row in rows if row.url is not None]
 
 
 def told_by(root: str, uri: str, rows: list[tuple[str, str]]) -> Iterator[tuple[str, Told]]:
-    """(file, what is said of it) of the rows of the metadata at `uri`."""
+    """(file, what is said of it) of the rows of the metadata at `uri`.
+
+    Rows of what is no audio, or lies outside of the metadata's folder, say nothing.
+    """
     folder = below(root, posixpath.dirname(uri)) if posixpath.dirname(uri) != root else ""
     for name, metadata in rows:
+        inside = posixpath.normpath(name)
+        leaves = inside == ".." or inside.startswith(("/", "../")) or not is_local(name)
+        if leaves or not is_audio(name):
+            continue
         place = posixpath.normpath(posixpath.join(folder, name))
         url = f"{root.rstrip('/')}/{place}"
         yield url, Told(root, place, folder.count("/") + bool(folder), metadata)

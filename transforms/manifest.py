@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from transforms.records import ClipError, ManifestSlice, as_text, unique
-from transforms.storage import is_local
+from transforms.storage import is_local, is_signed, shown_url, unsigned_url
 
 PATH_COLUMNS = (
     "path audio_filepath file_name filename filepath file_path audio_path audio_file audiofilename "
@@ -50,9 +50,6 @@ _DELIMITERS = {",": "CSV", "\t": "TSV", ";": "CSV (separated by ;)", "|": "CSV (
 _AUDIOSET_COLUMNS = ("ytid", "start_seconds", "end_seconds", "positive_labels")
 _SEGMENT_FILE = re.compile(
     r"Y?(?P<ytid>[\w-]{11})(?:_(?P<start>\d+(?:\.\d+)?)(?:_(?P<end>\d+(?:\.\d+)?))?)?", re.ASCII
-)
-_SECRET = re.compile(
-    r"[?&](x-amz-|x-goog-|signature=|sig=|token=|access_token=|key=|api_key=)", re.I
 )
 
 
@@ -378,8 +375,9 @@ def divide(
     *,
     embedded: bool,
     files: Mapping[str, str] | None = None,
-) -> Iterator[tuple[ManifestSlice, tuple[str, ...]]]:
-    """Yields the slices of a manifest, and the files of their rows where the rows do not say them.
+) -> Iterator[tuple[ManifestSlice, tuple[str, ...], str]]:
+    """Yields the slices of a manifest, the files of their rows where the rows do not say them, and
+    a digest that stays when URLs are signed anew.
 
     Consecutive rows of one file are in one slice, unless they are far too many.
 
@@ -401,7 +399,7 @@ def divide(
     found: list[str] = []
     previous: Any = None
 
-    def cut() -> tuple[ManifestSlice, tuple[str, ...]]:
+    def cut() -> tuple[ManifestSlice, tuple[str, ...], str]:
         content = b"".join(raws)
         part = ManifestSlice(
             form=manifest.form,
@@ -419,7 +417,7 @@ def divide(
             digest=xxhash.xxh3_64_hexdigest(content),
             text=content.decode("utf-8", "surrogateescape") if embedded else None,
         )
-        return part, tuple(found)
+        return part, tuple(found), _identity(part, content, found)
 
     taken = _Taken(lines)
     for content in _records(manifest, iter(taken)):
@@ -428,8 +426,8 @@ def divide(
             len(raws) >= _AT_MOST * rows_per_slice
             or _audio_of(manifest, content, file) != _audio_of(manifest, previous, *found[-1:])
         ):
-            part, its_files = cut()
-            yield part, its_files
+            part, its_files, identity = cut()
+            yield part, its_files, identity
             first_row, begin = first_row + part.rows, part.end
             raws.clear()
             found.clear()
@@ -806,11 +804,29 @@ def _is_none(value: Any) -> bool:
 
 def shown(path: str) -> str:
     """A path as it is stored and said: valid text, and a URL without what lets one in."""
-    if not is_local(path):
-        path = re.sub(r"://[^/@]*@", "://", path)
-        if _SECRET.search(path):
-            path = path.partition("?")[0]
-    return as_text(path)
+    return as_text(shown_url(path))
+
+
+def _identity(part: ManifestSlice, content: bytes, files: Sequence[str]) -> str:
+    """What tells a slice's rows from others: its digest, unless URLs in it are signed anew each day."""
+    if b"?" not in content or b"http" not in content:
+        return part.digest
+    urls = (row.url or "" for row in rows_of(part, content, files))
+    if not any(is_signed(url.strip()) for url in urls):
+        return part.digest
+    records = [_unsigned(record) for record in _records(part, lines_of(io.BytesIO(content)))]
+    return xxhash.xxh3_64_hexdigest(json.dumps(records).encode())
+
+
+def _unsigned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unsigned(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_unsigned(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    # A line of a `wav.scp` has a name before the URL.
+    return " ".join(unsigned_url(word) if is_signed(word) else word for word in value.split())
 
 
 def locate(path: str, root: str) -> str:

@@ -42,9 +42,13 @@ from transforms.storage import (
     StoredFile,
     find_cloud,
     is_local,
+    is_signed,
     open_file_system,
     open_remote,
+    public_name,
+    public_url,
     read_all,
+    unsigned_url,
 )
 from transforms.suffixes import is_audio
 
@@ -83,23 +87,23 @@ def look_for_manifest(
         try:
             start = zlib.decompressobj(31).decompress(start, _LOOKED_AT_BYTES)
         except zlib.error as error:
-            raise InputError(f"{uri!r} is a damaged gzip file: {error}") from error
+            raise InputError(f"{public_url(uri)!r} is a damaged gzip file: {error}") from error
     is_meant = is_manifest_name(file.path)
     is_text = _is_text(start, is_meant) or (is_meant and start.startswith(_UTF16))
     if not is_text or not (start or is_meant):
         if packed or is_meant or start.startswith(_NO_AUDIO):
             raise InputError(
-                f"{uri!r} is no audio, no manifest and no shard that earmark reads; name tars, Parquet, "
+                f"{public_url(uri)!r} is no audio, no manifest and no shard that earmark reads; name tars, Parquet, "
                 "audio files, manifests, or folders of them"
             )
         return None
     try:
         manifest = recognise(name, head_of(text_lines(uri, file, access)), options)
     except ManifestError as error:
-        raise InputError(f"{uri!r} {error}") from error
+        raise InputError(f"{public_url(uri)!r} {error}") from error
     if manifest is None:
         raise InputError(
-            f"{uri!r} is text: no audio, and no manifest, which has a header with a column such as path, "
+            f"{public_url(uri)!r} is text: no audio, and no manifest, which has a header with a column such as path, "
             "or JSON lines. A list of inputs is given with --inputs-from"
         )
     return manifest
@@ -157,7 +161,7 @@ def manifest_shards(
     Raises:
         InputError: it has no rows, or cannot be divided into them.
     """
-    folder = posixpath.dirname(uri)
+    folder = posixpath.dirname(public_name(uri, uri))
     root = folder
     if manifest.options.audio_root:
         root = uri_of(*file_system_of(manifest.options.audio_root, access))
@@ -180,7 +184,7 @@ def manifest_shards(
             fs, path = file_system_of(root, access)
             listed = (found.path for _, found, _ in matches(fs, path, root, access, meter))
             files = segment_files(below(path, name) for name in listed if is_audio(name))
-        notes.append(f"reads {as_text(uri)} as {manifest.said()}")
+        notes.append(f"reads {as_text(public_url(uri))} as {manifest.said()}")
         packed = not file.size or _is_packed(uri, file, access)
         parts = divide(
             manifest,
@@ -192,7 +196,7 @@ def manifest_shards(
         )
         yield from _shards_of(uri, file, parts)
     except ManifestError as error:
-        raise InputError(f"{uri!r} {error}") from error
+        raise InputError(f"{public_url(uri)!r} {error}") from error
 
 
 def parquet_manifest_shards(
@@ -214,14 +218,14 @@ def parquet_manifest_shards(
             manifest = recognise_parquet(parquet.schema_arrow, options)
         except ManifestError as error:
             raise InputError(
-                f"{uri!r} has no audio column (a struct<bytes, path> as Hugging Face stores audio), and "
+                f"{public_url(uri)!r} has no audio column (a struct<bytes, path> as Hugging Face stores audio), and "
                 f"as a manifest it {error}"
             ) from error
-        root = posixpath.dirname(uri)
+        root = posixpath.dirname(public_name(uri, uri))
         if options.audio_root:
             root = uri_of(*file_system_of(options.audio_root, access))
         notes.append(
-            f"reads {as_text(uri)} as a Parquet manifest: {manifest.said().partition(': ')[2]}"
+            f"reads {as_text(public_url(uri))} as a Parquet manifest: {manifest.said().partition(': ')[2]}"
         )
         try:
             lines = parquet_lines(parquet)
@@ -231,18 +235,19 @@ def parquet_manifest_shards(
         except (pa.ArrowException, OSError) as error:
             if not is_damage(error):
                 raise
-            raise InputError(f"{uri!r} is a damaged Parquet file: {error}") from error
+            raise InputError(f"{public_url(uri)!r} is a damaged Parquet file: {error}") from error
 
 
 def _shards_of(
-    uri: str, file: StoredFile, parts: Iterable[tuple[ManifestSlice, tuple[str, ...]]]
+    uri: str, file: StoredFile, parts: Iterable[tuple[ManifestSlice, tuple[str, ...], str]]
 ) -> Iterator[Shard]:
     number = -1
-    for number, (part, files) in enumerate(parts):
+    for number, (part, files, identity) in enumerate(parts):
         # What is in the rows and where their paths begin, wherever they stand in the manifest.
-        content = dataclasses.replace(part, first_row=0, start=0, end=0, text=None)
+        content = dataclasses.replace(part, digest=identity, first_row=0, start=0, end=0, text=None)
+        places = [unsigned_url(file) if is_signed(file) else file for file in files]
         yield Shard(
-            id=f"{shard_id(uri)}-{number:05d}-{short_hash(json.dumps([vars(content), files]))}",
+            id=f"{shard_id(uri)}-{number:05d}-{short_hash(json.dumps([vars(content), places]))}",
             uri=uri,
             kind="manifest",
             size_bytes=part.end - part.start,
@@ -251,7 +256,7 @@ def _shards_of(
             manifest=part,
         )
     if number < 0:
-        raise InputError(f"{uri!r} is a manifest without rows")
+        raise InputError(f"{public_url(uri)!r} is a manifest without rows")
 
 
 def _is_packed(uri: str, file: StoredFile, access: Access) -> bool:

@@ -12,7 +12,7 @@ import xxhash
 
 from transforms.manifest import shown
 from transforms.meter import Meter
-from transforms.records import Shard
+from transforms.records import ClipError, Shard
 from transforms.storage import (
     CLOUD_STORAGE,
     DEFAULT_ACCESS,
@@ -28,6 +28,7 @@ from transforms.storage import (
 
 FILES_AHEAD = 8  # remote files fetched at a time, in memory or on disk as `_IN_MEMORY_BYTES` says
 BLOCK_BYTES = 1 << 20
+MAX_UNSIZED_BYTES = 4 << 30  # of a file whose server does not say how large it is
 _IN_MEMORY_BYTES = 32 << 20  # a larger encoded clip waits on disk while it is decoded
 
 
@@ -69,8 +70,10 @@ def seekable(stream: BinaryIO) -> tuple[BinaryIO, str, int]:
     return stream, digest.hexdigest(), size
 
 
-def spool(stream: BinaryIO) -> tuple[BinaryIO, str, int]:
+def spool(stream: BinaryIO, max_bytes: int | None = None) -> tuple[BinaryIO, str, int]:
     """(a seekable copy at its start, xxh128, bytes); large ones go to a temporary file.
+
+    Nothing is read beyond the block in which `max_bytes` are exceeded.
 
     Not a `SpooledTemporaryFile`, whose methods are Python's: a decoder asks a dozen times a clip.
     """
@@ -84,6 +87,8 @@ def spool(stream: BinaryIO) -> tuple[BinaryIO, str, int]:
                 copy.write(small.getbuffer())
         size += len(block)
         copy.write(block)
+        if max_bytes is not None and size > max_bytes:
+            break
     copy.seek(0)
     return copy, digest.hexdigest(), size
 
@@ -92,6 +97,7 @@ def fetch(url: str, access: Access, meter: Meter | None) -> tuple[BinaryIO, str,
     """A remote file of which nothing is known but its place, as `spool` gives it.
 
     Raises:
+        ClipError: it is larger than `MAX_UNSIZED_BYTES`, which nobody said before.
         FileNotFoundError: it is not there.
         ValueError: the scheme is unknown.
         OSError: storage refuses, or does not answer.
@@ -109,10 +115,24 @@ def fetch(url: str, access: Access, meter: Meter | None) -> tuple[BinaryIO, str,
         info = patiently(lambda: _info(fs, path), shown(url), "read_retries", meter)
         size, checksum = info.get("size"), etag_of(info)
     if size is None:  # a web server that does not say
-        content = patiently(lambda: fs.cat_file(path), shown(url), "read_retries", meter)
-        return spool(io.BytesIO(content))
+        return _fetch_unsized(fs, path, url, meter)
     with open_remote(fs, path, size, checksum=checksum, in_order=True, meter=meter) as stream:
         return spool(stream)
+
+
+def _fetch_unsized(fs: Any, path: str, url: str, meter: Meter | None) -> tuple[BinaryIO, str, int]:
+    """As `fetch`, in one answer that is read to its end."""
+
+    def once() -> tuple[BinaryIO, str, int]:
+        with fs.open(path, "rb", block_size=0) as stream:
+            return spool(stream, MAX_UNSIZED_BYTES)
+
+    copy, digest, size = patiently(once, shown(url), "read_retries", meter)
+    if size > MAX_UNSIZED_BYTES:
+        copy.close()
+        message = f"the server does not say how large the file is, and more than {MAX_UNSIZED_BYTES:,} bytes came"
+        raise ClipError("read", "TooLarge", message)
+    return copy, digest, size
 
 
 def _info(fs: Any, path: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from transforms.storage import (
     patiently,
     public_name,
     public_url,
+    refuse_scheme,
 )
 from transforms.suffixes import is_audio
 
@@ -128,6 +129,9 @@ def _read_remote_files(shard: Shard, access: Access, meter: Meter | None) -> Cli
                 member, metadata = as_text(public_name(shard.uri, name)), next(all_metadata)
                 try:
                     audio, digest, size = fetched.result()
+                except ClipError as error:
+                    yield UnreadableClip(member, error, metadata)
+                    continue
                 except FileNotFoundError:
                     error = ClipError("read", "FileNotFound", "the file is gone")
                     yield UnreadableClip(member, error, metadata)
@@ -145,9 +149,11 @@ def _files_beside(shard: Shard, access: Access, meter: Meter | None) -> OpenFile
 
     def open_file(path: str) -> tuple[BinaryIO, str, int]:
         place = path if "://" in path else posixpath.join(folder, path)
-        if path.startswith("/") and not is_local(folder):
+        if path.startswith(("/", "file:", "local:")) and not is_local(folder):
             raise ClipError("read", "NotReachable", "the path is one of another machine")
         try:
+            if not path.startswith(("file://", "local://")):
+                refuse_scheme(place, shard.uri)
             fs, name = open_file_system(place, access)
             if isinstance(fs, LocalFileSystem):
                 if not stat.S_ISREG(os.stat(name).st_mode):  # a pipe would never end

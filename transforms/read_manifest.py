@@ -31,6 +31,8 @@ from transforms.storage import (
     StorageError,
     is_local,
     is_passing,
+    public_url,
+    refuse_scheme,
 )
 
 Clips = Iterator[EncodedClip | UnreadableClip]
@@ -52,13 +54,21 @@ def read_manifest(shard: Shard, access: Access, meter: Meter | None) -> Clips:
                     url = group[0].url
                     remote = url is not None and not is_local(url)
                     coming.append(
-                        (group, pool.submit(fetch, url, access, meter) if remote else None)
+                        (
+                            group,
+                            pool.submit(_fetched, url, part.root, access, meter)
+                            if remote
+                            else None,
+                        )
                     )
                 if not coming:
                     return
                 group, fetched = coming.popleft()
                 if group[0].url is None:
                     yield from (_unreadable(row, cast(ClipError, row.error)) for row in group)
+                elif fetched is None and not _may_be_local(group[0].url, part.root, shard.uri):
+                    error = ClipError("read", "NotReachable", "the path is one of another machine")
+                    yield from (_unreadable(row, error) for row in group)
                 elif fetched is None:
                     yield from _local_rows(group, group[0].url)
                 else:
@@ -67,6 +77,19 @@ def read_manifest(shard: Shard, access: Access, meter: Meter | None) -> Clips:
             for _, fetched in coming:
                 if fetched is not None:
                     fetched.cancel()
+
+
+def _fetched(url: str, root: str, access: Access, meter: Meter | None) -> tuple[BinaryIO, str, int]:
+    refuse_scheme(url, root)
+    return fetch(url, access, meter)
+
+
+def _may_be_local(path: str, root: str, manifest: str) -> bool:
+    """Whether a manifest may name a file of this machine: one from elsewhere, below the root at most."""
+    if is_local(manifest):
+        return True
+    below = os.path.join(os.path.normpath(root), "")
+    return is_local(root) and os.path.normpath(path).startswith(below)
 
 
 def slice_of(shard: Shard, access: Access, meter: Meter | None) -> bytes:
@@ -83,7 +106,7 @@ def slice_of(shard: Shard, access: Access, meter: Meter | None) -> bytes:
         content = stream.read(part.end - part.start)
     if xxhash.xxh3_64_hexdigest(content) != part.digest:
         raise StorageError(
-            f"{as_text(shard.uri)} has changed since the run was planned (bytes {part.start} to "
+            f"{as_text(public_url(shard.uri))} has changed since the run was planned (bytes {part.start} to "
             f"{part.end} are others): run again"
         )
     return content
@@ -125,6 +148,8 @@ def _fetched_rows(
 ) -> Clips:
     try:
         audio, digest, size = fetched.result()
+    except ClipError as fault:
+        error = fault
     except FileNotFoundError:
         error = ClipError("read", "FileNotFound", "there is no such file")
     except ValueError as fault:

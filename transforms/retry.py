@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from transforms.output import Output
 from transforms.records import EncodedClip, Shard, UnreadableClip, as_text, clip_id_of, name_of
 from transforms.source import describe_source
+from transforms.storage import public_url
 from transforms.write import (
     BYTES_PER_GROUP,
     COUNTED,
@@ -121,8 +122,8 @@ class Mending:
 
     def _refusal(self, what: str) -> RetryError:
         return RetryError(
-            f"{as_text(self._shard.uri)} {what}: the shard has changed since, and its file stays as it "
-            "is; earmark annotate --refresh does the shard anew"
+            f"{as_text(public_url(self._shard.uri))} {what}: the shard has changed since, and its "
+            "file stays as it is; earmark annotate --refresh does the shard anew"
         )
 
     def write(

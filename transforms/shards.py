@@ -166,7 +166,9 @@ def find_shards(
                 if in_order and flushed[uri_of(fs, root)]:
                     passed_over[f"{posixpath.basename(uri)} below the folder named"] += 1
                     continue
-                notes.append(f"joins the rows of {as_text(uri)} to the files that they name")
+                notes.append(
+                    f"joins the rows of {as_text(public_url(uri))} to the files that they name"
+                )
                 for place, row in told_by(uri_of(fs, root), uri, rows):
                     if place not in told or told[place].depth <= row.depth:
                         told[place] = row

@@ -36,6 +36,9 @@ from transforms.meter import Meter
 CLOUD_STORAGE = ("gs://", "gcs://")
 WEB = ("http://", "https://")
 HUB = "hf://"
+# What rows may name. fsspec knows many more, some of which lead back to this machine or to others.
+ROW_SCHEMES = ("gs", "gcs", "s3", "s3a", "hf", "http", "https", "abfs", "abfss", "az", "adl")
+_AZURE = ("abfs", "abfss", "az", "adl")
 
 MAX_TRIES = 8  # with the waits below, half a minute to a minute
 FIRST_WAIT_S = 0.5
@@ -111,8 +114,14 @@ def public_name(root: str, name: str) -> str:
 # What a query holds that says who may read, not which file: of S3, Cloud Storage, CloudFront, Azure.
 _SIGNING = re.compile(
     r"(?i)(x-(amz|goog|oss)-[^=]*|awsaccesskeyid|googleaccessid|key-pair-id|signature|expires|policy"
-    r"|sig|se|st|sp|sr|sv|spr|sip|ske|skt|sks|skv|skoid|sktid|(access_)?token)(=|$)"
+    r"|sig|se|st|sp|sr|sv|spr|sip|ske|skt|sks|skv|skoid|sktid|(access_)?token|api_?key)(=|$)"
 )
+
+
+def is_signed(url: str) -> bool:
+    """Whether a URL of the web says, for a while, who may read."""
+    query = url.partition("#")[0].partition("?")[2].split("&")
+    return url.startswith(WEB) and any(map(_SIGNING.match, query))
 
 
 def unsigned_url(url: str) -> str:
@@ -122,6 +131,47 @@ def unsigned_url(url: str) -> str:
     query = url.partition("#")[0].partition("?")[2].split("&")
     kept = "&".join(part for part in query if part and not _SIGNING.match(part))
     return public_url(url) + (f"?{kept}" if kept else "")
+
+
+def shown_url(url: str) -> str:
+    """A path or URL that a row names, as it is stored and shown: without what lets one in.
+
+    What else a query says stays, as it may tell one file from another.
+    """
+    if is_local(url):
+        return url
+    if not url.startswith(WEB):
+        return re.sub(r"://[^/@]*@", "://", url)
+    place, mark, query = unsigned_url(url).partition("?")
+    # `key` may be a file's or one that lets one in: it tells files apart, and is not shown.
+    kept = "&".join(part for part in query.split("&") if not re.match(r"(?i)key(=|$)", part))
+    return place + (mark + kept if kept else "")
+
+
+def refuse_scheme(url: str, beside: str) -> None:
+    """Refuses a URL in a row whose scheme is not one of `ROW_SCHEMES` nor that of `beside`.
+
+    Args:
+        url: what a row names.
+        beside: the manifest or table, or where its paths begin, which the user named.
+
+    Raises:
+        ValueError: it is neither, or its library is not installed.
+    """
+    if is_local(url):
+        return
+    scheme = url.partition("://")[0]
+    if not is_local(beside) and scheme == beside.partition("://")[0]:
+        return
+    if scheme not in ROW_SCHEMES:
+        raise ValueError(
+            f"{scheme[:40]}:// is none of the schemes that rows may name: {', '.join(ROW_SCHEMES)}"
+        )
+    if scheme in _AZURE:
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except ImportError as error:
+            raise ValueError(f"{scheme}:// cannot be read here: {error}") from None
 
 
 def open_file_system(url: str, access: Access = DEFAULT_ACCESS) -> tuple[Any, str]:
