@@ -122,7 +122,7 @@ def making(output):
 
 
 def test_with_the_same_thresholds_the_tags_are_the_same_bit_for_bit(tagged, tmp_path, monkeypatch):
-    monkeypatch.setattr(retagging, "_HELD", 2)  # fewer than there are shards
+    monkeypatch.setattr("pipeline.at_once._HELD", 2)  # fewer than there are shards
     done = earmark("retag", tagged, "--output", tmp_path / "new", "--threshold", 0.2)
     assert done.exit_code == 0, done.output
     assert "Retagged 3 shards" in done.output and "9 clips, 1 of them failed" in done.output
