@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,13 +154,13 @@ def common_labels(
 def _match(a: Source, b: Source, result: Comparison) -> NDArray[np.int64]:
     """[rows of A] the row of B that is the same clip, or -1: by `clip_id`, else by bytes and member."""
     ids: dict[str, int] = {}
-    names: dict[tuple[Any, ...], list[int]] = {}
+    names: dict[tuple[Any, ...], deque[int]] = {}
     columns = ["clip_id", "member", "audio_xxh128", "start_s", "end_s"]
     rows_b = 0
     for row in _rows(b, columns):
         ids[row["clip_id"]] = rows_b
         if row.get("audio_xxh128"):
-            names.setdefault(clip_name(row), []).append(rows_b)
+            names.setdefault(clip_name(row), deque()).append(rows_b)
         rows_b += 1
     matched: list[int] = []
     left: list[tuple[int, tuple[Any, ...]]] = []
@@ -173,7 +173,7 @@ def _match(a: Source, b: Source, result: Comparison) -> NDArray[np.int64]:
     free = set(ids.values())
     for place, name in left:
         while names.get(name):
-            other = names[name].pop(0)
+            other = names[name].popleft()
             if other in free:
                 free.discard(other)
                 matched[place] = other

@@ -18,8 +18,8 @@ from rich.table import Table
 from pipeline.dataflow import Places
 from pipeline.expected import sentence
 from pipeline.profile import SIDES
+from pipeline.quantities import amount as _amount
 from pipeline.quantities import duration as _duration
-from pipeline.quantities import size as _size
 from pipeline.rehearse import Rehearsal
 from pipeline.run import Job, Outcome
 from pipeline.terminal import printable
@@ -56,7 +56,7 @@ def show_job(job: Job, console: Console) -> None:
         )
     ignored = ", ".join(f"{count} {suffix}" for suffix, count in sorted(job.ignored.items()))
     say(
-        f"Input: {job.shards:,} shard{'s' * (job.shards != 1)}, {_size(job.size_bytes)}"
+        f"Input: {job.shards:,} shard{'s' * (job.shards != 1)}, {_amount(job.size_bytes, job.rows)}"
         + (f", {job.skipped:,} of them finished earlier" if job.skipped else "")
         + (f"; left aside as no audio: {escape(ignored)}" if ignored else "")
     )
@@ -87,7 +87,7 @@ def show_rehearsal(job: Job, rehearsal: Rehearsal, console: Console) -> None:
             f"(loaded in {_duration(rehearsal.load_s)}, tagged in {_duration(rehearsal.score_s)})"
         )
     shards = f"{job.todo.shards:,} shard{'s' * (job.todo.shards != 1)}"
-    say(f"To do: {shards}, {_size(job.todo.size_bytes)}.")
+    say(f"To do: {shards}, {_amount(job.todo.size_bytes, job.todo.rows)}.")
     if job.settings:
         say("The job's options:")
         for setting in job.settings:
@@ -138,14 +138,11 @@ def watch_job(job: Job, places: Places, console: Console) -> Callable[[str, dict
 @contextmanager
 def live(job: Job, folder: Path, console: Console) -> Iterator[None]:
     """Shows clips, speed, failures and time left while its context lasts."""
-    size, clips = job.todo.size_bytes, job.todo.max_clips
     started, stop = time.monotonic(), threading.Event()
 
     def line() -> str:
         done, elapsed_s = read_progress(folder), time.monotonic() - started
-        # Bytes tell how far a run is, unless it stops at a number of clips.
-        share = done.clips / clips if clips else done.bytes / size if size else 0.0
-        return progress_line(done, share, job.todo.shards, elapsed_s)
+        return progress_line(done, job.todo.done(done), job.todo.shards, elapsed_s)
 
     def show_in_terminal() -> None:
         with console.status("loading the student") as status:

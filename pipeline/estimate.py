@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 # Options of `annotate` that change what a run takes, in its own words.
 SHARED = (
     "inputs", "checkpoint", "device", "decode_processes", "dtype", "score_type", "chunks",
-    "embeddings", "limit", "files_per_shard", "inputs_from", "billing_project",
+    "embeddings", "limit", "files_per_shard", "inputs_from", "billing_project", "segments", "pad",
+    "chunk_hop_s", "max_clip_mb", "max_duration_s", "clip_timeout_s", "path_column", "id_column",
+    "start_column", "end_column", "audio_root",
 )  # fmt: skip
 WORKERS = "1,2,4,8,16,32"
 
@@ -183,7 +185,7 @@ def show(estimate: dict[str, Any], console: Console) -> None:
     """Prints an estimate."""
     from rich.table import Table
 
-    from pipeline.quantities import duration, size
+    from pipeline.quantities import amount, duration, size
 
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
 
@@ -198,7 +200,8 @@ def show(estimate: dict[str, Any], console: Console) -> None:
     done = estimate["skipped_shards"]
     say(
         f"Input: {estimate['shards']:,} shard{'s' * (estimate['shards'] != 1)} to do, "
-        f"{size(estimate['input_bytes'])}" + (f"; {done:,} more are finished" if done else "")
+        f"{amount(estimate['input_bytes'], estimate['input_rows'])}"
+        + (f"; {done:,} more are finished" if done else "")
     )
     read = (
         "all of it was read" if sample["all_read"] else f"{sample['read_clips']:,} clips were read"

@@ -13,6 +13,7 @@ ESTIMATE_FILE = "estimate.json"
 # "scoring": what the time and the size of the table depend on.
 COMPARED = (
     "weights_sha256", "config_sha256", "dtype", "score_type", "chunks", "embeddings", "limit",
+    "chunk_hop_samples", "pad", "segments",
 )  # fmt: skip
 
 _NUMBERS = ("clips", "audio_s", "audio_bytes", "output_bytes", "wall_s")

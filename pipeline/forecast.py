@@ -38,7 +38,7 @@ from transforms.decode_pool import DecodePool
 from transforms.meter import Meter
 from transforms.output import LocalOutput, publish_bytes
 from transforms.progress import ProgressFile
-from transforms.records import EncodedClip, Shard, UnreadableClip, as_text
+from transforms.records import EncodedClip, Shard, UnreadableClip, as_text, audio_bytes_in, clips_in
 from transforms.sample import Part, Reservoir, Taken, draw_shards, extent_of, read_part
 from transforms.storage import public_url
 from transforms.write import CLIPS_FOLDER, RUN_FILE
@@ -53,6 +53,7 @@ TABLE_DRIFT = 0.03  # how far a large table's bytes a row are taken to be from a
 _DRAWS = 32  # parts of shards of one kind
 _PART_BYTES = 4 << 20
 _CENSUS_BYTES = 96 << 20  # inputs up to this are read whole
+_ROW_BYTES = 200_000  # that a manifest's clip is taken to have: six seconds of 16-bit PCM
 _READ_S = 12.0  # for all reading
 _MEASURE_S = 20.0  # for one pass over the sample
 _ENOUGH_S = 5.0  # of passes, so that a fast student's speed can be told
@@ -115,7 +116,7 @@ class Stratum:
     kind: str
     extent: float = 0.0  # of all shards of the kind, of `extent_of`
     in_clips: bool = True  # whether `extent` is clips
-    size_bytes: int = 0
+    size_bytes: float = 0.0
     shards: int = 0
     drawn: list[Shard] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
@@ -197,13 +198,13 @@ def draw_sample(job: Job, size: int, seed: int, say: Callable[[str], None]) -> S
 
 
 def _strata(todo: Todo) -> list[Stratum]:
-    """Kinds of shards; loose files and limited shards are measured in clips, the others in bytes."""
+    """Kinds of shards; loose files, manifests and limited shards are measured in clips, the others in bytes."""
     found: dict[tuple[str, bool], Stratum] = {}
     for shard in todo:
-        in_clips = shard.max_clips is not None or bool(shard.files)
+        in_clips = clips_in(shard) is not None
         stratum = found.setdefault((shard.kind, in_clips), Stratum(shard.kind, in_clips=in_clips))
         stratum.extent += extent_of(shard)
-        stratum.size_bytes += shard.size_bytes
+        stratum.size_bytes += _guessed_bytes(shard)
         stratum.shards += 1
     return list(found.values())
 
@@ -213,7 +214,7 @@ def _read_stratum(
 ) -> None:
     def of_kind() -> Iterator[Shard]:
         for shard in job.todo:
-            in_clips = shard.max_clips is not None or bool(shard.files)
+            in_clips = clips_in(shard) is not None
             if (shard.kind, in_clips) == (stratum.kind, stratum.in_clips):
                 yield shard
 
@@ -333,13 +334,16 @@ def _passes(
         )
         if not number:
             file = Path(output.uri) / CLIPS_FOLDER / "sample-0.parquet"
-            durations_s = pq.read_table(file, columns=["duration_s", "error"]).to_pylist()
+            durations_s = pq.read_table(file, columns=["duration_s", "tags"]).to_pylist()
             clips = clips[: len(durations_s)]
             row_bytes = (file.stat().st_size - file_bytes) / max(1, len(clips))
-    whole = [row["duration_s"] if row["error"] is None else None for row in durations_s]
+    # A clip that was decoded in part has an error, and scores and tags too.
+    scored = [row["duration_s"] if row["tags"] is not None else None for row in durations_s]
+    hop = annotation.hop_samples or student.features.chunk_samples
+    hop_s = hop / student.features.sample_rate
     return Measured(
-        durations_s=whole,
-        chunks=[0 if s is None else max(1, math.ceil(s / student.features.chunk_s - 1e-6)) for s in whole],
+        durations_s=scored,
+        chunks=[0 if s is None else _chunks(s, student.features.chunk_s, hop_s) for s in scored],
         pass_s=pass_s,
         pass_cpu_s=pass_cpu_s,
         stages_s={name: statistics.median(of[name] for of in stages) for name in stages[0]},
@@ -350,6 +354,11 @@ def _passes(
         startup_cpu_s=startup[1],
         load=load,
     )  # fmt: skip
+
+
+def _chunks(duration_s: float, chunk_s: float, hop_s: float) -> int:
+    """How many chunks `transforms.chunk.cut_chunks` makes of a clip, which is at least one."""
+    return 1 + max(0, math.ceil((duration_s - chunk_s) / hop_s - 1e-6))
 
 
 def _until(clips: Sequence[Taken], ends: float | None) -> Iterator[EncodedClip | UnreadableClip]:
@@ -470,6 +479,7 @@ def project(
         "shards": todo.shards,
         "skipped_shards": job.skipped,
         "input_bytes": todo.size_bytes,
+        "input_rows": todo.rows,
         "clips": clips.as_json(0),
         "failed": _range(totals["failed"]).as_json(1),
         "audio_bytes": _range(totals["audio_bytes"]).as_json(0),
@@ -637,7 +647,13 @@ def flop_per_chunk(config: Mapping[str, Any]) -> float:
 
 def _sizes(todo: Todo) -> list[float]:
     """Extents of the shards, empty where there are too many to deal one by one."""
-    return [] if todo.shards > _SHARDS_DEALT else [float(shard.size_bytes) for shard in todo]
+    return [] if todo.shards > _SHARDS_DEALT else [_guessed_bytes(shard) for shard in todo]
+
+
+def _guessed_bytes(shard: Shard) -> float:
+    """Bytes of a shard's audio, which nobody knows of a manifest's before it is read."""
+    rows = shard.manifest.rows if shard.manifest is not None else 0
+    return audio_bytes_in(shard) + rows * _ROW_BYTES
 
 
 def _longest_share(sizes: Sequence[float], shards: int, workers: int) -> float:

@@ -10,7 +10,8 @@ from pipeline.ledger import from_folder
 from pipeline.options import AnnotateOptions, UsageError
 from transforms.manifest import ManifestOptions
 from transforms.meter import Meter
-from transforms.records import WHOLE_FILES, Shard
+from transforms.progress import Progress
+from transforms.records import WHOLE_FILES, Shard, audio_bytes_in
 from transforms.shards import PACKED_SHARDS, find_shards, limit_shards, pack_shards, unpack_shards
 from transforms.storage import Access, read_all
 
@@ -21,12 +22,27 @@ class Todo:
 
     packets: list[bytes] = field(default_factory=list)  # of `pack_shards`
     shards: int = 0
-    size_bytes: int = 0
+    size_bytes: int = 0  # of audio and what is around it
+    rows: int = 0  # of manifests, whose audio has a size that nobody has asked for
     max_clips: int | None = None  # where a limit says how many there will be
 
     def __iter__(self) -> Iterator[Shard]:
         for packet in self.packets:
             yield from unpack_shards(packet)
+
+    def count(self, shard: Shard) -> None:
+        """Counts a shard that is, or will be, among the packed ones."""
+        self.shards += 1
+        self.size_bytes += audio_bytes_in(shard)
+        self.rows += shard.manifest.rows if shard.manifest is not None else 0
+
+    def done(self, progress: Progress) -> float:
+        """The share of the work that is done: by clips where they are known, else by bytes."""
+        if self.max_clips or (self.rows and not self.size_bytes):
+            return progress.clips / (self.max_clips or self.rows)
+        if self.rows:  # clips of both kinds are one number, and so are their bytes
+            return progress.shards / self.shards
+        return progress.bytes / self.size_bytes if self.size_bytes else 0.0
 
 
 class Packer:
@@ -38,8 +54,7 @@ class Packer:
     def add(self, shard: Shard) -> None:
         """Adds one shard."""
         self._waiting.append(shard)
-        self._packed.shards += 1
-        self._packed.size_bytes += shard.size_bytes
+        self._packed.count(shard)
         if len(self._waiting) == PACKED_SHARDS:
             self._pack()
 
@@ -58,7 +73,8 @@ class Planned:
     """What going through the inputs once has shown."""
 
     todo: Todo = field(default_factory=Todo)
-    size_bytes: int = 0
+    size_bytes: int = 0  # of all inputs, as `Todo` has it, and so are the rows
+    rows: int = 0
     skipped: int = 0
     kept: Todo = field(default_factory=Todo)  # the skipped ones, which an earlier run finished
     ignored: Counter[str] = field(default_factory=Counter)
@@ -91,7 +107,8 @@ def plan_inputs(
     def unfinished() -> Iterator[Shard]:
         nonlocal clips
         for shard in shards_of(inputs, options, access, planned.ignored, meter, planned.notes):
-            planned.size_bytes += shard.size_bytes
+            planned.size_bytes += audio_bytes_in(shard)
+            planned.rows += shard.manifest.rows if shard.manifest is not None else 0
             if shard.kind not in WHOLE_FILES:
                 planned.divided.add(shard.id)
             if only is not None and shard.id not in only:
@@ -99,8 +116,7 @@ def plan_inputs(
             if shard.id in finished:
                 kept.add(shard)
                 continue
-            planned.todo.shards += 1
-            planned.todo.size_bytes += shard.size_bytes
+            planned.todo.count(shard)
             clips += shard.max_clips or 0
             yield shard
 

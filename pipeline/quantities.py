@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 
+def amount(size_bytes: float, rows: int) -> str:
+    """How much of input there is: its bytes, and the rows of manifests, whose audio lies elsewhere."""
+    of_rows = f"{rows:,} row{'s' * (rows != 1)} of manifests"
+    if not rows:
+        return size(size_bytes)
+    return f"{of_rows}, {size(size_bytes)} beside" if size_bytes else of_rows
+
+
 def size(size_bytes: float) -> str:
     """Bytes in the unit that suits them, such as `1.5 GB`."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,6 @@ if TYPE_CHECKING:  # heavy to import, and only types here
 # Each holds a row group. A remote one waits for storage most of the time; on local disks it is
 # Python that makes the tags, and more of them at once are no faster.
 _SHARDS_AT_ONCE = 4
-_HELD = 256  # shards whose totals wait in memory
 _NAMED = 20  # damaged shards that are told of one by one
 
 
@@ -244,6 +242,7 @@ def execute(
         RuntimeError: somebody began the new output anew in the meantime.
     """
     from pipeline import ledger
+    from pipeline.at_once import few_at_once
     from transforms.retag import RetagError, retag_file
     from transforms.storage import is_local
     from transforms.write import CLIPS_FOLDER, ShardSummary, check_claim
@@ -268,7 +267,7 @@ def execute(
         except RetagError as error:
             return error
 
-    for done in shown(_few_at_once(one, job.todo, _SHARDS_AT_ONCE if remote else 1)):
+    for done in shown(few_at_once(one, job.todo, _SHARDS_AT_ONCE if remote else 1)):
         if isinstance(done, RetagError):
             refused.append(str(done))
         else:
@@ -373,15 +372,3 @@ def _refuse_other_source(claimed: dict[str, Any], made: dict[str, Any], place: s
 
 def _place(output: Output) -> str:
     return str(Path(output.uri).resolve()) if "://" not in output.uri else output.uri
-
-
-def _few_at_once(one: Callable[[str], Any], shard_ids: list[str], at_once: int) -> Iterator[Any]:
-    """The results of `one` as they come; where one fails, what has not begun never does."""
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        for start in range(0, len(shard_ids), _HELD):
-            futures = [pool.submit(one, shard_id) for shard_id in shard_ids[start : start + _HELD]]
-            for future in as_completed(futures):
-                yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)

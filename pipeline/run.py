@@ -45,6 +45,7 @@ from transforms.checkpoint import local_checkpoint
 from transforms.chunk import hop_samples_of
 from transforms.decode import Limits
 from transforms.listing import InputError
+from transforms.manifest_shards import is_manifest_name
 from transforms.meter import NAMESPACE, Meter
 from transforms.output import LocalOutput, Output, open_output, remove_abandoned
 from transforms.records import Shard, as_text
@@ -83,7 +84,8 @@ class Job:
     notes: list[str]  # what could not be checked, or is odd
     todo: Todo
     replaced: set[str]  # ids of finished shards among them, whose source has changed
-    size_bytes: int  # of all inputs
+    size_bytes: int  # of all inputs, as `Todo` has it, and so are the rows
+    rows: int
     ignored: Counter[str]  # files that are no audio, by suffix
     finished: set[str]  # ids of shards that have a file
     skipped: int  # shards of the inputs that an earlier run finished
@@ -249,7 +251,7 @@ def prepare(options: AnnotateOptions, redo: Redo | None = None) -> Job:
         raise UsageError(f"--output {options.output!r} cannot be written: {reason}") from error
     return Job(
         options, beam_options, checkpoint, thresholds, workers, settings, [*notes, *planned.notes], todo, replaced,
-        planned.size_bytes, planned.ignored, finished, planned.skipped - len(replaced), output, access, meter, claimed,
+        planned.size_bytes, planned.rows, planned.ignored, finished, planned.skipped - len(replaced), output, access, meter, claimed,
         planned.divided, redo, planned_again,
     )  # fmt: skip
 
@@ -291,6 +293,7 @@ def _with_changed(
         packets=[*planned.todo.packets, *kept.packets],
         shards=planned.todo.shards + kept.shards,
         size_bytes=planned.todo.size_bytes + kept.size_bytes,
+        rows=planned.todo.rows + kept.rows,
     )
     if planned.todo.max_clips is not None:
         todo.max_clips = planned.todo.max_clips + sum(shard.max_clips or 0 for shard in kept)
@@ -549,8 +552,16 @@ def _refuse_for_local(options: AnnotateOptions) -> None:
 
 
 def _refuse_cloud_options_elsewhere(options: AnnotateOptions) -> None:
-    urls = (options.output, *options.inputs, *options.inputs_from, options.checkpoint)
+    urls = (
+        options.output,
+        *options.inputs,
+        *options.inputs_from,
+        options.checkpoint,
+        options.audio_root or "",
+    )
     in_cloud = any(url.startswith(CLOUD_STORAGE) for url in urls)
+    # What lists and manifests name is not known yet.
+    in_cloud |= bool(options.inputs_from) or any(map(is_manifest_name, options.inputs))
     if (options.kms_key or options.billing_project) and not in_cloud:
         raise UsageError("--kms-key and --billing-project are for gs://, and nothing here is there")
     if options.kms_key and not options.output.startswith(CLOUD_STORAGE):

@@ -6,9 +6,8 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +18,7 @@ from pipeline.terminal import EXIT_FAILURES, errors_said, printable
 
 if TYPE_CHECKING:  # heavy to import, and only types here
     from pipeline.options import AnnotateOptions
+    from pipeline.plan import Todo
     from transforms.output import Output
     from transforms.records import Shard
     from transforms.storage import Access
@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # heavy to import, and only types here
     from transforms.write import ShardSummary
 
 _SHARDS_AT_ONCE = 4  # remote ones wait for storage most of the time
-_HELD = 64  # shards whose rows' ids wait in memory
 _SHOWN = 20
 
 
@@ -203,6 +202,8 @@ def verify_output(
     import numpy as np
 
     from pipeline import ledger
+    from pipeline.at_once import few_at_once
+    from pipeline.plan import Todo
     from pipeline.recorded import recorded_labels, recorded_options, recorded_rows, recorded_run
     from transforms.output import open_output
     from transforms.storage import Access, is_local
@@ -224,10 +225,10 @@ def verify_output(
     finished = sorted(ledger.finished_shards(place))
     found.shards = len(finished)
     compacted = made.get(ledger.COMPACTED_KEY)
-    planned: dict[str, Shard] = {}
+    planned, alone = Todo(), finished
     if compacted is None:
         options = recorded_options(made, output, inputs, inputs_from)
-        planned = _planned(
+        planned, alone = _planned(
             options, access, place, set(finished), bool(inputs or inputs_from), found
         )
     else:
@@ -242,20 +243,21 @@ def verify_output(
             f"verify {whole} for that"
         )
 
-    def one(shard_id: str) -> tuple[str, Checked, list[Problem]]:
+    def one(item: Shard | str) -> tuple[Checked, list[Problem]]:
+        shard, shard_id = (None, item) if isinstance(item, str) else (item, item.id)
         name = f"{CLIPS_FOLDER}/{shard_id}.parquet"
         checked = check_file(
             place, name, labels, rows, made["fingerprint"], quick=quick, compacted=compacted is not None
         )  # fmt: skip
         compared: list[Problem] = []
-        shard = planned.get(shard_id)
         if shard is not None and not quick:
             compared = list(_compared(shard, checked, name, access, audio))
-        return shard_id, checked, compared
+        return checked, compared
 
     at_once = 1 if is_local(place.uri) else _SHARDS_AT_ONCE
     digests = []
-    for _, checked, compared in shown(_few_at_once(one, finished, at_once), len(finished)):
+    items: Iterator[Shard | str] = chain(planned, alone)
+    for checked, compared in shown(few_at_once(one, items, at_once), len(finished)):
         found.add(*checked.problems, *compared)
         if checked.summary is not None:
             found.total.add(checked.summary)
@@ -282,10 +284,10 @@ def _planned(
     finished: set[str],
     given: bool,
     found: Found,
-) -> dict[str, Shard]:
-    """The shards of the inputs that have a file, by id; the others are told of."""
+) -> tuple[Todo, list[str]]:
+    """(the shards of the inputs that have a file, ids of files without one); what is odd is told of."""
     from pipeline import ledger
-    from pipeline.plan import named_inputs, shards_of
+    from pipeline.plan import Packer, Todo, named_inputs, shards_of
     from transforms.listing import InputError
     from transforms.records import as_text
     from transforms.storage import public_url
@@ -297,7 +299,7 @@ def _planned(
         if given:
             raise
         found.notes.append(f"not compared with the inputs: {error}")
-        return {}
+        return Todo(), sorted(finished)
     there, gone = [], []
     for place in inputs:
         try:
@@ -309,30 +311,30 @@ def _planned(
             gone.append(str(error))
     for reason in gone:
         found.notes.append(f"an input is gone, and its clips are not compared: {reason}")
-    planned: dict[str, Shard] = {}
+    packer, foreign = Packer(), set(finished)
     folders = set()  # of loose files
-    missing = 0
     if there:
         found.compared = 0
         for shard in shards_of(tuple(there), options, access, Counter()):
             found.compared += 1
             if shard.kind == "files":
                 folders.add(as_text(public_url(shard.uri)))
-            if shard.id in finished:
-                planned[shard.id] = shard
-            else:
-                missing += 1
+            if shard.id in foreign:
+                foreign.remove(shard.id)
+                packer.add(shard)
+            elif shard.id not in finished:
                 found.add(
                     Problem(
                         "missing shard",
                         f"{as_text(public_url(shard.uri))} (clips/{shard.id}.parquet)",
                     )
                 )
-    foreign = sorted(finished - planned.keys())
     if foreign and not given:
         # A later run into this output may have had other inputs; files say what theirs were.
-        later, loose = _by_source(output, foreign, options, access)
+        later, loose = _by_source(output, sorted(foreign), options, access)
         if later:
+            for shard in later.values():
+                packer.add(shard)
             found.compared = (found.compared or 0) + len(later)
             found.notes.append(
                 f"{len(later):,} shards are not of the inputs that run.json names, and were found where their "
@@ -349,20 +351,20 @@ def _planned(
                 f"{len(apart):,} files are of loose files that no input of run.json names, and are not "
                 "compared with them; name all inputs for that"
             )
-        foreign = sorted(set(foreign) - later.keys() - apart)
-        planned |= later
+        foreign -= later.keys() | apart
     if gone and foreign:
         found.notes.append(f"{len(foreign):,} files are not compared with their shards")
     elif there:
-        for shard_id in foreign:
+        for shard_id in sorted(foreign):
             found.add(Problem("foreign file", f"clips/{shard_id}.parquet"))
-    changed = [f"{as_text(public_url(s.uri))} ({how})" for s, how in islice(ledger.changed_shards(output, planned.values()), 1_000)]  # fmt: skip
+    planned = packer.todo()
+    changed = [f"{as_text(public_url(s.uri))} ({how})" for s, how in islice(ledger.changed_shards(output, planned), 1_000)]  # fmt: skip
     if changed:
         more = ", ..." * (len(changed) > 5)
         found.notes.append(
             f"{len(changed):,} shards have changed since they were annotated: {', '.join(changed[:5])}{more}"
         )
-    return planned
+    return planned, sorted(foreign)
 
 
 def _by_source(
@@ -473,13 +475,3 @@ def _check_summary(output: Output, found: Found, *, complete: bool) -> None:
     if complete:
         for what in ledger.differing_totals(stated, found.total):
             found.add(Problem("totals", f"{ledger.SUMMARY_FILE}: {what}"))
-
-
-def _few_at_once(one: Any, items: list[str], at_once: int) -> Iterator[Any]:
-    """The results of `one`, in order."""
-    if at_once == 1:
-        yield from map(one, items)
-        return
-    with ThreadPoolExecutor(at_once) as pool:
-        for start in range(0, len(items), _HELD):
-            yield from pool.map(one, items[start : start + _HELD])

@@ -773,3 +773,32 @@ def test_a_bundle_that_comes_again_does_nothing_twice(prepared, tiny_student):
 def test_options_of_cloud_storage_are_refused_elsewhere(annotate, shards, tmp_path, option):
     result = annotate(shards, "--output", tmp_path / "out", option, "mine")
     assert result.exit_code == 2 and "nothing here is there" in result.output
+
+
+@pytest.mark.parametrize("option", ["manifest", "inputs_from", "audio_root"])
+def test_what_a_manifest_or_list_names_may_be_in_cloud_storage(option):
+    from pipeline.options import AnnotateOptions
+    from pipeline.run import _refuse_cloud_options_elsewhere
+
+    asked = {
+        "manifest": {"inputs": ("clips.csv",)},
+        "inputs_from": {"inputs": (), "inputs_from": ("list.txt",)},
+        "audio_root": {"inputs": ("a.txt",), "audio_root": "gs://audio/all"},
+    }[option]
+    _refuse_cloud_options_elsewhere(AnnotateOptions(output="out", billing_project="p", **asked))
+
+
+def test_progress_is_by_rows_where_bytes_say_nothing():
+    from pipeline.plan import Todo
+    from pipeline.quantities import amount
+    from transforms.progress import Progress
+
+    done = Progress(clips=5, bytes=4_000, shards=1)
+    assert Todo(shards=2, rows=20).done(done) == 0.25
+    assert Todo(shards=2, rows=20, max_clips=10).done(done) == 0.5
+    assert Todo(shards=4, rows=20, size_bytes=8_000).done(done) == 0.25  # shards of both kinds
+    assert Todo(shards=4, size_bytes=8_000).done(done) == 0.5
+    assert Todo().done(done) == 0
+    assert amount(0, 1) == "1 row of manifests"
+    assert amount(2_000, 30) == "30 rows of manifests, 2.0 kB beside"
+    assert amount(2_000, 0) == "2.0 kB"

@@ -17,6 +17,7 @@ from pipeline.cli import cli
 from pipeline.expected import COMPARED, compared, sentence
 from pipeline.ledger import beside_estimate
 from pipeline.profile import SIDES
+from transforms.chunk import cut_chunks
 from transforms.write import ShardSummary
 
 
@@ -311,3 +312,37 @@ def test_help_names_the_options_of_annotate_in_the_same_words():
     texts = [CliRunner().invoke(cli, [name, "--help"]).output for name in ("estimate", "annotate")]
     for option in ("--embeddings", "--files-per-shard N", "--score-type [float32|float16]"):
         assert all(option in text for text in texts)
+
+
+def test_a_manifest_is_counted_in_rows(earmark, run, tiny_checkpoint, tmp_path, encoded, noise):
+    for number in range(30):
+        (tmp_path / f"{number}.wav").write_bytes(encoded(noise(16_000, seed=number)))
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("where\n" + "\n".join(f"{number}.wav" for number in range(30)))
+    found = run(manifest, "--path-column", "where", "--segments")
+    assert found["clips"] == {"expected": 30, "low": 30, "high": 30}
+    assert found["input_bytes"] == 0 and found["input_rows"] == 30
+    assert found["audio_s"]["expected"] == pytest.approx(30)
+    assert found["scoring"]["segments"] is True
+    said = earmark(
+        {}, "annotate", manifest, "--path-column", "where", "--output", tmp_path / "out",
+        "--checkpoint", tiny_checkpoint, "--limit", 10,
+    )  # fmt: skip
+    assert "Input: 1 shard, 30 rows of manifests" in said
+
+
+def test_chunks_are_those_that_are_cut():
+    for length in (1, 99, 100, 101, 149, 150, 151, 250, 999):
+        samples = np.zeros(length, np.float32)
+        for hop in (100, 50, 30):
+            cut = len(list(cut_chunks([samples], 100, 100, hop)))
+            assert forecast._chunks(length / 100, 1.0, hop / 100) == cut, (length, hop)
+
+
+def test_a_clip_scored_in_part_has_not_failed(run, make_tar, encoded, noise, tmp_path):
+    whole = encoded(noise(32_000, seed=1))
+    tar = make_tar(tmp_path / "a.tar", [("a.wav", whole)])
+    found = run(tar, "--max-duration-s", 1)
+    assert found["failed"]["expected"] == 0
+    assert found["chunks"]["expected"] == 1
+    assert found["audio_s"]["expected"] == pytest.approx(1, abs=0.1)

@@ -18,7 +18,6 @@ from click.testing import CliRunner
 from bench.stand_ins import CloudStorage, Faults
 from evaluation.scores import open_source
 from evaluation.thresholds import fit_thresholds
-from pipeline import retag as retagging
 from pipeline.cli import cli
 from pipeline.retag import RetagOptions, execute, prepare
 from student.checkpoint import read_checkpoint
@@ -122,7 +121,7 @@ def making(output):
 
 
 def test_with_the_same_thresholds_the_tags_are_the_same_bit_for_bit(tagged, tmp_path, monkeypatch):
-    monkeypatch.setattr(retagging, "_HELD", 2)  # fewer than there are shards
+    monkeypatch.setattr("pipeline.at_once._HELD", 2)  # fewer than there are shards
     done = earmark("retag", tagged, "--output", tmp_path / "new", "--threshold", 0.2)
     assert done.exit_code == 0, done.output
     assert "Retagged 3 shards" in done.output and "9 clips, 1 of them failed" in done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import statistics
 import time
@@ -170,3 +171,44 @@ def test_broken_shards_are_a_clip_that_says_so(tmp_path):
         part = read_part(shard_of(file), 0, reservoir, max_bytes=4_000, until=later())
         assert part.clips == 1
         assert reservoir.kept[0].clip.error.type == "BrokenShard"
+
+
+def test_an_audio_folder_of_many_files_is_sampled_with_its_metadata(tmp_path):
+    for number in range(60):
+        (tmp_path / f"{number:03d}.wav").write_bytes(b"x" * 100)
+    lines = ["file_name,number", *(f"{n:03d}.wav,{n}" for n in range(60))]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    reservoir = Reservoir(60, random.Random(0))
+    part = read_part(shard_of(tmp_path), 0, reservoir, max_bytes=1_000, until=later())
+    assert part.clips == 24
+    for taken in reservoir.kept:
+        assert int(taken.clip.metadata["number"]) == int(taken.clip.member[:3])
+
+
+def test_a_manifest_is_as_large_as_its_rows_are_many(tmp_path):
+    for number in range(50):
+        (tmp_path / f"{number:03d}.wav").write_bytes(b"x" * 1_000)
+    (tmp_path / "m.csv").write_text("path\n" + "\n".join(f"{n:03d}.wav" for n in range(50)))
+    (tmp_path / "wav.scp").write_text("\n".join(f"id{n} {n:03d}.wav" for n in range(50)))
+    for name in ("m.csv", "wav.scp"):
+        shard = shard_of(tmp_path / name)
+        assert extent_of(shard) == 50
+        part = read_part(shard, 0, Reservoir(5, random.Random(0)), max_bytes=5_000, until=later())
+        assert part.clips == part.extent == 5 and not part.whole
+        now = time.monotonic()
+        part = read_part(shard, 0, Reservoir(5, random.Random(0)), max_bytes=None, until=now)
+        assert part.clips == part.extent == 1 and not part.whole
+        part = read_part(shard, 0, Reservoir(5, random.Random(0)), max_bytes=None, until=later())
+        assert part.clips == part.extent == 50 and part.whole
+
+
+def test_storage_that_fails_is_not_taken_for_a_damaged_shard(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    shard = Shard("a", str(tmp_path / "a.parquet"), "parquet", 4)
+
+    def gone(*_, **__):
+        raise OSError(errno.EIO, "storage does not answer")
+
+    monkeypatch.setattr(pq, "ParquetFile", gone)
+    with pytest.raises(OSError, match="does not answer"):
+        read_part(shard, 0, Reservoir(5, random.Random(0)), max_bytes=10, until=later())

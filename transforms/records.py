@@ -65,6 +65,20 @@ BROKEN_SHARD = "(broken shard)"  # the name of what tells where a shard broke
 WHOLE_FILES = ("tar", "arrow", "tfrecord", "zip")
 
 
+def clips_in(shard: Shard) -> int | None:
+    """How many clips a shard has, where its description tells; at most so many under a limit."""
+    if shard.max_clips is not None:
+        return shard.max_clips
+    if shard.manifest is not None:
+        return shard.manifest.rows
+    return len(shard.files) if shard.kind == "files" else None
+
+
+def audio_bytes_in(shard: Shard) -> int:
+    """Bytes of a shard's audio and what is around it; 0 of a manifest, which has none."""
+    return 0 if shard.manifest is not None else shard.size_bytes
+
+
 @dataclass(frozen=True)
 class ManifestSlice:
     """Consecutive rows of a manifest, and how they are to be read; `transforms.manifest` does."""

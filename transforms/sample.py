@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms.opening import open_shard
 from transforms.read import read_clips
+from transforms.read_table import is_damage
 from transforms.read_tar import read_tar_from
-from transforms.records import EncodedClip, Shard, UnreadableClip
+from transforms.records import EncodedClip, Shard, UnreadableClip, clips_in
 from transforms.storage import DEFAULT_ACCESS, Access
 
 _PLAIN_TAR = ".tar"  # a compressed one cannot be entered in the middle
@@ -78,10 +80,9 @@ class Reservoir:
 
 
 def extent_of(shard: Shard) -> float:
-    """How large a shard is: in clips where they are known (loose files, a limit), else in bytes."""
-    if shard.max_clips is not None:
-        return shard.max_clips
-    return len(shard.files) if shard.files else shard.size_bytes
+    """How large a shard is: in clips where they are known (`clips_in`), else in bytes."""
+    clips = clips_in(shard)
+    return shard.size_bytes if clips is None else clips
 
 
 def draw_shards(shards: Iterable[Shard], count: int, seed: int) -> list[Shard]:
@@ -130,13 +131,14 @@ def read_part(
     """
     if max_bytes is None:
         return _read(_Reading(shard, read_clips(shard, access)), number, reservoir, None, until)
-    if shard.files and shard.max_clips is None:
+    if shard.kind == "files" and shard.max_clips is None:
         return _read_files(shard, number, reservoir, until, access)
     if shard.kind == "parquet" and shard.max_clips is None:
         return _read_row_group(shard, number, reservoir, max_bytes, until, access)
     if shard.kind == "tar" and shard.max_clips is None and shard.size_bytes > max_bytes:
         return _read_within_tar(shard, number, reservoir, max_bytes, until, access)
-    limit = max_bytes if shard.size_bytes > max_bytes else None
+    # A manifest's own bytes say nothing of those of its audio.
+    limit = max_bytes if shard.manifest is not None or shard.size_bytes > max_bytes else None
     return _read(_Reading(shard, read_clips(shard, access)), number, reservoir, limit, until)
 
 
@@ -176,9 +178,10 @@ def _read(
                 break
     read_s = time.perf_counter() - started
     whole = complete and reading.stream is None
-    if whole or shard.max_clips is not None or shard.files:
+    in_clips = clips_in(shard) is not None
+    if whole or in_clips:
         # What extends as far as its clips.
-        extent: float = clips if shard.max_clips is not None or shard.files else shard.size_bytes
+        extent: float = clips if in_clips else shard.size_bytes
     elif places:
         # Each place lies a little behind its clip, the first as much as the last.
         if len(places) < _FEWEST_CLIPS:
@@ -218,6 +221,7 @@ def _read_files(
         files=of(shard.files),
         file_sizes=of(shard.file_sizes),
         file_checksums=of(shard.file_checksums),
+        file_metadata=of(shard.file_metadata),
     )
     part = _read(_Reading(some, read_clips(some, access)), number, reservoir, None, until)
     return part and dataclasses.replace(part, whole=False)
@@ -230,7 +234,9 @@ def _read_row_group(
     with open_shard(shard, access) as stream:
         try:
             footer = pq.ParquetFile(stream, pre_buffer=False).metadata
-        except Exception:
+        except (pa.ArrowException, OSError) as error:
+            if not is_damage(error):
+                raise
             # What is damaged is one row that says so: `read_clips` makes it.
             return _read(_Reading(shard, read_clips(shard, access)), number, reservoir, None, until)
     first, end = shard.row_groups or (0, footer.num_row_groups)
