@@ -18,7 +18,6 @@ from click.testing import CliRunner
 from bench.stand_ins import CloudStorage, Faults
 from evaluation.scores import open_source
 from evaluation.thresholds import fit_thresholds
-from pipeline import retag as retagging
 from pipeline.cli import cli
 from pipeline.retag import RetagOptions, execute, prepare
 from student.checkpoint import read_checkpoint
