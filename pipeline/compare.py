@@ -49,7 +49,7 @@ class LabelShift:
 
 @dataclass(frozen=True)
 class Change:
-    """A clip whose scores changed much, and the label that changed most."""
+    """A clip whose tags or scores changed much, and the label that changed most."""
 
     row: dict[str, Any]  # of A
     label: str
@@ -289,7 +289,7 @@ def _measure(
     with_tags = 0
     ranks: list[NDArray[np.float64]] = []
     share = min(1.0, RANKED_CLIPS / result.matched)
-    largest: list[tuple[float, int, Place, int, float, float, Any, Any]] = []
+    largest: list[tuple[tuple[int, float, int], Place, int, float, float, Any, Any]] = []
     other_rows, row = _RowsOf(b), 0
     for file, first, batch in _with_places(a, ["scores", "tags.list.element.index"]):
         others = in_b[row : row + batch.num_rows]
@@ -330,18 +330,20 @@ def _measure(
 
         most = change.max(axis=1)
         result.largest_change = max(result.largest_change, float(most.max()))
-        for i in np.argsort(-most, kind="stable")[:changes].tolist():
-            label = int(change[i].argmax())
+        flips = np.count_nonzero(gained | lost, axis=1)
+        # Tags first; where no score changed but the thresholds, the label whose tag did.
+        for i in np.lexsort((-most, -flips))[:changes].tolist():
+            label = int((change[i] if most[i] > 0 else gained[i] | lost[i]).argmax())
             entry = (
-                float(most[i]), -(row + i), (file, first + int(here[i])), label,
+                (int(flips[i]), float(most[i]), -(row + i)), (file, first + int(here[i])), label,
                 float(scores_a[i, label]), float(scores_b[i, label]),
                 np.flatnonzero(gained[i]), np.flatnonzero(lost[i]),
             )  # fmt: skip
-            if entry[0] <= 0:
+            if not flips[i] and most[i] <= 0:
                 break
             if len(largest) < changes:
                 heapq.heappush(largest, entry)
-            elif entry[:2] > largest[0][:2]:
+            elif entry[0] > largest[0][0]:
                 heapq.heapreplace(largest, entry)
     other_rows.close()
     if not result.clips:
@@ -373,14 +375,14 @@ def _measure(
         "clip_id", "shard", "member", "start_s", "end_s", "duration_s", "sample_rate", "channels",
         "codec", "audio_xxh128", "rms_dbfs", "error",
     ]  # fmt: skip
-    rows = rows_at(a, [entry[2] for entry in largest], columns)
+    rows = rows_at(a, [entry[1] for entry in largest], columns)
     result.changes = [
         Change(
             rows[place], names[label], of_a, of_b,
             tuple(names[i] for i in gained), tuple(names[i] for i in lost),
         )
-        for _, _, place, label, of_a, of_b, gained, lost in sorted(
-            largest, key=lambda entry: entry[:2], reverse=True
+        for _, place, label, of_a, of_b, gained, lost in sorted(
+            largest, key=lambda entry: entry[0], reverse=True
         )
     ]  # fmt: skip
 

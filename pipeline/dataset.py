@@ -106,8 +106,8 @@ def dataset(output: str, verbose: bool, **options: Any) -> None:
             click.echo(printable(f"{row.clip_id}: {why}"), err=True)
         if done.left_out:
             click.echo(
-                f"{len(done.left_out):,} clips have no audio any more; {asked.to}/{LEFT_OUT_FILE} "
-                "names them all",
+                (f"{len(done.left_out):,} clips have" if len(done.left_out) != 1 else "1 clip has")
+                + f" no audio any more; {asked.to}/{LEFT_OUT_FILE} names them all",
                 err=True,
             )
             if not asked.allow_missing:
@@ -224,11 +224,35 @@ def sql_of(options: DatasetOptions, views: Views) -> str:
         options.output, tags=options.tags, under=options.under, any_of=options.any_of
     )
     flagged = condition_of(asked, views)[0]
+    if options.where is not None:
+        _check_condition(options.where, views)
     # The line ends, so that a comment does.
     conditions = [f"({text}\n)" for text in (options.where, flagged) if text]
     where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
     limit = f" LIMIT {options.limit}" if options.limit is not None else ""
     return f"SELECT clip_id FROM clips{where} ORDER BY clip_id{limit}"
+
+
+def _check_condition(text: str, views: Views) -> None:
+    """Refuses what is not one condition.
+
+    Raises:
+        UsageError: it is empty, is no expression, or its value is not true or false.
+    """
+    if not text.strip():
+        raise UsageError("--where is empty; is a shell variable unset?")
+    try:
+        # In parentheses it is one expression, and alone it cannot close what it did not open.
+        sql = views.checked(f"SELECT ({text}\n) FROM clips")
+        views.checked(f"SELECT clip_id FROM clips WHERE {text}\n")
+        with views.errors_explained():
+            kind = str(views.connection.sql(sql).types[0])
+    except UsageError as error:
+        raise UsageError(f"--where {text!r}: {error}") from error
+    if kind != "BOOLEAN":
+        raise UsageError(
+            f"--where {text!r} is a value ({kind}), not a condition such as 'duration_s < 30'"
+        )
 
 
 def shares_of(text: str | None) -> tuple[tuple[str, float], ...]:

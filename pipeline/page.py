@@ -737,11 +737,11 @@ def comparison_page(comparison: Comparison, media: Media) -> str:
             _table("Labels, most changed tags first", columns, labels, search="Find a label"),
         ]),
         _section("Listen", [
-            _text("The clips whose score of any one label changed most; a long one is cut to its loudest 10 s."),
+            _text("The clips that gained or lost most tags, then those whose score of any one label changed most; a long one is cut to its loudest 10 s."),
             {"type": "clips", "search": "Find a clip by name or tag", "groups": [
-                {"name": "Largest changes", "note": f"{len(cards)} clips", "kinds": [{"kind": "Score in A → in B; + a tag gained, − lost", "clips": cards}]}
+                {"name": "Largest changes", "note": f"{len(cards)} clip{'s' * (len(cards) != 1)}", "kinds": [{"kind": "Score in A → in B; + a tag gained, − lost", "clips": cards}]}
             ]},
-        ] if cards else [_text("No score changed.")]),
+        ] if cards else [_text("No score and no tag changed.")]),
         _section("Making", [
             {"type": "facts", "rows": [["A", visible(comparison.a)], ["B", visible(comparison.b)]]},
             _table("What differs in how they were made", [("Of run.json", "text"), ("A", "wide"), ("B", "wide")], making),

@@ -192,7 +192,30 @@ def test_the_query_must_say_which_clips(tags, tmp_path):
     assert "inside of OUTPUT" in inside
     file = tmp_path / "file"
     file.touch()
-    assert "cannot be written" in earmark("query", tags, "--extract", file, code=2).output
+    assert "is a file; name a folder" in earmark("query", tags, "--extract", file, code=2).output
+
+
+def test_another_extract_replaces_the_files_of_the_first_alone(tags, tmp_path):
+    out = tmp_path / "out"
+    earmark("query", tags, "--extract", out)
+    first = {file.name for file in out.iterdir()}
+    (out / "notes.txt").write_text("mine")
+    with (out / "clips.csv").open("a") as stream:
+        stream.write("notes.txt\n../beside.txt\n")
+    (tmp_path / "beside.txt").write_text("mine")
+    earmark("query", tags, "--extract", out, "--limit", 1)
+    left = {file.name for file in out.iterdir()}
+    named = {row["file"] for row in table(out).values()}
+    assert left == {"clips.csv", "notes.txt"} | named and named < first and len(named) == 1
+    assert (tmp_path / "beside.txt").exists()
+
+
+def test_a_folder_of_others_is_left_alone(tags, tmp_path):
+    (tmp_path / "clips.csv").write_text("file,mine\na.wav,1\n")
+    said = earmark("query", tags, "--extract", tmp_path, code=2).output
+    assert "is not empty" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["clips.csv"]
+    assert (tmp_path / "clips.csv").read_text() == "file,mine\na.wav,1\n"
 
 
 def test_rows_in_the_order_of_the_query_each_once(tags, tmp_path):
