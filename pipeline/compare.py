@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from evaluation.scores import EvaluationError, Source, batches, open_parquet
+from pipeline.quantities import counted
 from pipeline.report import Place, clip_name, rows_at, thresholds_of
 from student.labels import Label
 
@@ -185,7 +186,9 @@ def _match(a: Source, b: Source, result: Comparison) -> NDArray[np.int64]:
     result.only_b = rows_b - result.matched
     for count, which in ((result.only_a, "A"), (result.only_b, "B")):
         if count:
-            result.notes.append(f"{count:,} clips are only in {which} and left out.")
+            result.notes.append(
+                f"{counted(count, 'clip')} {'is' if count == 1 else 'are'} only in {which} and left out."
+            )
     return in_b
 
 

@@ -16,6 +16,7 @@ import click
 
 from pipeline import flags
 from pipeline.options import UsageError
+from pipeline.quantities import counted
 from pipeline.terminal import EXIT_FAILURES, errors_said, printable
 
 if TYPE_CHECKING:  # heavy to import, and only types here
@@ -147,9 +148,9 @@ class Written:
         """For people."""
         for name, totals in self.splits.items():
             yield (
-                f"{name}: {totals.clips:,} clip{'s' * (totals.clips != 1)}, {totals.audio_s / 3600:.2f} h, "
-                f"{totals.size_bytes / 2**20:,.1f} MiB in {len(totals.files):,} "
-                f"file{'s' * (len(totals.files) != 1)}"
+                f"{name}: {counted(totals.clips, 'clip')}, {totals.audio_s / 3600:.2f} h, "
+                f"{totals.size_bytes / 2**20:,.1f} MiB in "
+                f"{counted(len(totals.files), 'file')}"
             )
         yield f"Wrote {self.options.to}: datasets.load_dataset({self.options.to!r}) reads it."
 
@@ -328,8 +329,8 @@ def divide(
     for name, share in shares:
         if name not in split_of.values():
             raise UsageError(
-                f"--split {name}={share:g} gets none of the {len(wanted):,} clips, in {len(groups):,} "
-                "groups that stay together: give it more, or ask for more clips"
+                f"--split {name}={share:g} gets none of the {counted(len(wanted), 'clip')}, in {counted(len(groups), 'group')} "
+                "that stay together: give it more, or ask for more clips"
             )
     return split_of
 
@@ -374,7 +375,7 @@ def _fill(
     done.splits = {name: writer.totals for name, writer in writers.items() if writer.totals.clips}
     if not done.splits:
         raise UsageError(
-            f"the audio of none of the {len(wanted):,} clips was found; of the first: "
+            f"the audio of none of the {counted(len(wanted), 'clip')} was found; of the first: "
             f"{done.left_out[0][0].clip_id}: {done.left_out[0][1]}"
         )
     card = dataset_card.card(done, features, views, files.suffix)

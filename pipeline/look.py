@@ -11,6 +11,7 @@ import click
 
 from pipeline import flags
 from pipeline.options import UsageError
+from pipeline.quantities import counted
 from pipeline.terminal import errors_said, visible
 
 if TYPE_CHECKING:  # heavy to import, and only types here
@@ -112,7 +113,7 @@ def report(output: str, verbose: bool, **options: Any) -> None:
         for said in measured.unreadable:
             click.echo(f"Left out: {visible(said)}", err=True)
         click.echo(
-            f"{measured.clips:,} clips, {measured.failed:,} of them failed, {measured.tags:,} tags."
+            f"{counted(measured.clips, 'clip')}, {measured.failed:,} of them failed, {counted(measured.tags, 'tag')}."
         )
         _say_media(media)
         click.echo(f"Wrote {visible(place)} ({len(page) / 1e6:.1f} MB); open it in a browser.")
@@ -214,7 +215,7 @@ def _media(wanted: Sequence[Wanted], options: dict[str, Any], access: Access) ->
 
 
 def _say_media(media: Media) -> None:
-    said = f"{media.sounds:,} clip{'s' * (media.sounds != 1)} with sound ({media.audio_bytes / 1e6:.1f} MB)"
+    said = f"{counted(media.sounds, 'clip')} with sound ({media.audio_bytes / 1e6:.1f} MB)"
     if media.silenced:
         said += f", {media.silenced:,} for which --max-audio-mb has no room"
     absent = media.absent

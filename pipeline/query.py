@@ -15,6 +15,7 @@ import click
 
 from pipeline import flags
 from pipeline.options import UsageError
+from pipeline.quantities import counted
 from pipeline.terminal import EXIT_FAILURES, errors_said
 
 if TYPE_CHECKING:  # heavy to import, and only types here
@@ -344,7 +345,7 @@ def _write(views: Views, sql: str, options: QueryOptions, format_: str) -> None:
             write(rows.to_stdout(binary))
         else:
             count = rows.write_file(options.to, write, binary=binary)
-            click.echo(f"Wrote {count:,} row{'s' * (count != 1)} to {options.to}", err=True)
+            click.echo(f"Wrote {counted(count, 'row')} to {options.to}", err=True)
 
 
 def _take_audio(views: Views, sql: str, options: QueryOptions, began: list[str]) -> None:
@@ -374,7 +375,7 @@ def _take_audio(views: Views, sql: str, options: QueryOptions, began: list[str])
         done = extract.extract(wanted, Path(options.extract), format_, views, access, shown)
         files = sum(row.file is not None for row in done)
         click.echo(
-            f"Wrote {files:,} file{'s' * (files != 1)} and {extract.TABLE_FILE} to {options.extract}",
+            f"Wrote {counted(files, 'file')} and {extract.TABLE_FILE} to {options.extract}",
             err=True,
         )
     amiss = [row for row in done if row.problem is not None]

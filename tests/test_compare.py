@@ -130,7 +130,7 @@ def test_clips_are_matched_by_bytes_where_they_lie_elsewhere(
     assert (result.clips, result.only_a, result.only_b) == (3, 6, 1)
     assert result.notes == [
         "6 clips are only in A and left out.",
-        "1 clips are only in B and left out.",
+        "1 clip is only in B and left out.",
     ]
     assert result.mean_change == 0, "each clip has met itself"
 

@@ -211,6 +211,23 @@ def test_another_extract_replaces_the_files_of_the_first_alone(tags, tmp_path):
     assert (tmp_path / "beside.txt").exists()
 
 
+def test_ctrl_c_says_what_stays(tags, tmp_path, monkeypatch):
+    from pipeline import extract
+
+    real, done = extract._written, []
+
+    def interrupted(*arguments):
+        if done:
+            raise KeyboardInterrupt
+        done.append(real(*arguments))
+        return done[0]
+
+    monkeypatch.setattr(extract, "_written", interrupted)
+    said = earmark("query", tags, "--extract", tmp_path / "out", code=130).output
+    assert "keeps the files that were written" in said
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"clips.csv", done[0].file}
+
+
 def test_a_folder_of_others_is_left_alone(tags, tmp_path):
     (tmp_path / "clips.csv").write_text("file,mine\na.wav,1\n")
     said = earmark("query", tags, "--extract", tmp_path, code=2).output
