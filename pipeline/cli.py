@@ -241,10 +241,11 @@ def annotate(
 ) -> None:
     """Tag every clip in INPUT and write Parquet.
 
-    An INPUT is a WebDataset tar, a Parquet file with an audio column, an audio
-    file, a manifest (CSV, TSV, JSON lines, Parquet, Kaldi, lhotse, AudioSet) whose
-    rows name audio files, a folder (walked recursively) or a quoted glob of these:
-    a local path or a URL (gs://, s3://).
+    An INPUT is a WebDataset tar, a zip, a Parquet or Arrow file with an audio
+    column, a TFRecord, an audio file, a manifest (CSV, TSV, JSON lines, Parquet,
+    Kaldi, lhotse, AudioSet) whose rows name audio files, a folder (walked
+    recursively) or a quoted glob of these: a local path or a URL (gs://, s3://,
+    hf://, https://).
     """
     own = [name for parameter in context.command.params for name in parameter.opts]
     quiet(verbose)

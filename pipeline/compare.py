@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from evaluation.scores import EvaluationError, Source, batches, open_parquet
+from pipeline.quantities import counted
 from pipeline.report import Place, clip_name, rows_at, thresholds_of
 from student.labels import Label
 
@@ -49,7 +50,7 @@ class LabelShift:
 
 @dataclass(frozen=True)
 class Change:
-    """A clip whose scores changed much, and the label that changed most."""
+    """A clip whose tags or scores changed much, and the label that changed most."""
 
     row: dict[str, Any]  # of A
     label: str
@@ -185,7 +186,9 @@ def _match(a: Source, b: Source, result: Comparison) -> NDArray[np.int64]:
     result.only_b = rows_b - result.matched
     for count, which in ((result.only_a, "A"), (result.only_b, "B")):
         if count:
-            result.notes.append(f"{count:,} clips are only in {which} and left out.")
+            result.notes.append(
+                f"{counted(count, 'clip')} {'is' if count == 1 else 'are'} only in {which} and left out."
+            )
     return in_b
 
 
@@ -289,7 +292,7 @@ def _measure(
     with_tags = 0
     ranks: list[NDArray[np.float64]] = []
     share = min(1.0, RANKED_CLIPS / result.matched)
-    largest: list[tuple[float, int, Place, int, float, float, Any, Any]] = []
+    largest: list[tuple[tuple[int, float, int], Place, int, float, float, Any, Any]] = []
     other_rows, row = _RowsOf(b), 0
     for file, first, batch in _with_places(a, ["scores", "tags.list.element.index"]):
         others = in_b[row : row + batch.num_rows]
@@ -330,18 +333,20 @@ def _measure(
 
         most = change.max(axis=1)
         result.largest_change = max(result.largest_change, float(most.max()))
-        for i in np.argsort(-most, kind="stable")[:changes].tolist():
-            label = int(change[i].argmax())
+        flips = np.count_nonzero(gained | lost, axis=1)
+        # Tags first; where no score changed but the thresholds, the label whose tag did.
+        for i in np.lexsort((-most, -flips))[:changes].tolist():
+            label = int((change[i] if most[i] > 0 else gained[i] | lost[i]).argmax())
             entry = (
-                float(most[i]), -(row + i), (file, first + int(here[i])), label,
+                (int(flips[i]), float(most[i]), -(row + i)), (file, first + int(here[i])), label,
                 float(scores_a[i, label]), float(scores_b[i, label]),
                 np.flatnonzero(gained[i]), np.flatnonzero(lost[i]),
             )  # fmt: skip
-            if entry[0] <= 0:
+            if not flips[i] and most[i] <= 0:
                 break
             if len(largest) < changes:
                 heapq.heappush(largest, entry)
-            elif entry[:2] > largest[0][:2]:
+            elif entry[0] > largest[0][0]:
                 heapq.heapreplace(largest, entry)
     other_rows.close()
     if not result.clips:
@@ -373,14 +378,14 @@ def _measure(
         "clip_id", "shard", "member", "start_s", "end_s", "duration_s", "sample_rate", "channels",
         "codec", "audio_xxh128", "rms_dbfs", "error",
     ]  # fmt: skip
-    rows = rows_at(a, [entry[2] for entry in largest], columns)
+    rows = rows_at(a, [entry[1] for entry in largest], columns)
     result.changes = [
         Change(
             rows[place], names[label], of_a, of_b,
             tuple(names[i] for i in gained), tuple(names[i] for i in lost),
         )
-        for _, _, place, label, of_a, of_b, gained, lost in sorted(
-            largest, key=lambda entry: entry[:2], reverse=True
+        for _, place, label, of_a, of_b, gained, lost in sorted(
+            largest, key=lambda entry: entry[0], reverse=True
         )
     ]  # fmt: skip
 

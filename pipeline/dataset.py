@@ -16,6 +16,7 @@ import click
 
 from pipeline import flags
 from pipeline.options import UsageError
+from pipeline.quantities import counted
 from pipeline.terminal import EXIT_FAILURES, errors_said, printable
 
 if TYPE_CHECKING:  # heavy to import, and only types here
@@ -106,8 +107,8 @@ def dataset(output: str, verbose: bool, **options: Any) -> None:
             click.echo(printable(f"{row.clip_id}: {why}"), err=True)
         if done.left_out:
             click.echo(
-                f"{len(done.left_out):,} clips have no audio any more; {asked.to}/{LEFT_OUT_FILE} "
-                "names them all",
+                (f"{len(done.left_out):,} clips have" if len(done.left_out) != 1 else "1 clip has")
+                + f" no audio any more; {asked.to}/{LEFT_OUT_FILE} names them all",
                 err=True,
             )
             if not asked.allow_missing:
@@ -147,9 +148,9 @@ class Written:
         """For people."""
         for name, totals in self.splits.items():
             yield (
-                f"{name}: {totals.clips:,} clip{'s' * (totals.clips != 1)}, {totals.audio_s / 3600:.2f} h, "
-                f"{totals.size_bytes / 2**20:,.1f} MiB in {len(totals.files):,} "
-                f"file{'s' * (len(totals.files) != 1)}"
+                f"{name}: {counted(totals.clips, 'clip')}, {totals.audio_s / 3600:.2f} h, "
+                f"{totals.size_bytes / 2**20:,.1f} MiB in "
+                f"{counted(len(totals.files), 'file')}"
             )
         yield f"Wrote {self.options.to}: datasets.load_dataset({self.options.to!r}) reads it."
 
@@ -224,11 +225,35 @@ def sql_of(options: DatasetOptions, views: Views) -> str:
         options.output, tags=options.tags, under=options.under, any_of=options.any_of
     )
     flagged = condition_of(asked, views)[0]
+    if options.where is not None:
+        _check_condition(options.where, views)
     # The line ends, so that a comment does.
     conditions = [f"({text}\n)" for text in (options.where, flagged) if text]
     where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
     limit = f" LIMIT {options.limit}" if options.limit is not None else ""
     return f"SELECT clip_id FROM clips{where} ORDER BY clip_id{limit}"
+
+
+def _check_condition(text: str, views: Views) -> None:
+    """Refuses what is not one condition.
+
+    Raises:
+        UsageError: it is empty, is no expression, or its value is not true or false.
+    """
+    if not text.strip():
+        raise UsageError("--where is empty; is a shell variable unset?")
+    try:
+        # In parentheses it is one expression, and alone it cannot close what it did not open.
+        sql = views.checked(f"SELECT ({text}\n) FROM clips")
+        views.checked(f"SELECT clip_id FROM clips WHERE {text}\n")
+        with views.errors_explained():
+            kind = str(views.connection.sql(sql).types[0])
+    except UsageError as error:
+        raise UsageError(f"--where {text!r}: {error}") from error
+    if kind != "BOOLEAN":
+        raise UsageError(
+            f"--where {text!r} is a value ({kind}), not a condition such as 'duration_s < 30'"
+        )
 
 
 def shares_of(text: str | None) -> tuple[tuple[str, float], ...]:
@@ -304,8 +329,8 @@ def divide(
     for name, share in shares:
         if name not in split_of.values():
             raise UsageError(
-                f"--split {name}={share:g} gets none of the {len(wanted):,} clips, in {len(groups):,} "
-                "groups that stay together: give it more, or ask for more clips"
+                f"--split {name}={share:g} gets none of the {counted(len(wanted), 'clip')}, in {counted(len(groups), 'group')} "
+                "that stay together: give it more, or ask for more clips"
             )
     return split_of
 
@@ -350,7 +375,7 @@ def _fill(
     done.splits = {name: writer.totals for name, writer in writers.items() if writer.totals.clips}
     if not done.splits:
         raise UsageError(
-            f"the audio of none of the {len(wanted):,} clips was found; of the first: "
+            f"the audio of none of the {counted(len(wanted), 'clip')} was found; of the first: "
             f"{done.left_out[0][0].clip_id}: {done.left_out[0][1]}"
         )
     card = dataset_card.card(done, features, views, files.suffix)

@@ -19,6 +19,7 @@ from pipeline.dataflow import Places
 from pipeline.expected import sentence
 from pipeline.profile import SIDES
 from pipeline.quantities import amount as _amount
+from pipeline.quantities import counted
 from pipeline.quantities import duration as _duration
 from pipeline.rehearse import Rehearsal
 from pipeline.run import Job, Outcome
@@ -127,7 +128,7 @@ def watch_job(job: Job, places: Places, console: Console) -> Callable[[str, dict
         line = f"{state} after {_duration(elapsed_s)}"
         if clips:
             line += (
-                f": {clips:,} clips, {counters.get('shards', 0):,}/{job.todo.shards:,} shards, "
+                f": {counted(clips, 'clip')}, {counters.get('shards', 0):,}/{counted(job.todo.shards, 'shard')}, "
                 f"{clips / elapsed_s:.1f} clips/s, {failed:,} failed"
             )
         say(line)
@@ -166,7 +167,7 @@ def progress_line(done: Progress, share: float, shards: int, elapsed_s: float) -
     """One line on how far a run is; `share` of the work done gives the time left."""
     rate = done.clips / elapsed_s
     line = (
-        f"{done.clips:,} clips, {done.shards}/{shards} shards, {rate:.1f} clips/s, "
+        f"{counted(done.clips, 'clip')}, {done.shards}/{counted(shards, 'shard')}, {rate:.1f} clips/s, "
         f"{done.audio_s / elapsed_s:.0f}x real time, {done.failed:,} failed"
     )
     if done.shards == shards:
@@ -181,7 +182,7 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
     total = outcome.total
     if outcome.shards:
         console.print(
-            f"{outcome.clips:,} clips ({_duration(outcome.audio_s)} of audio) in {_duration(outcome.wall_s)}: "
+            f"{counted(outcome.clips, 'clip')} ({_duration(outcome.audio_s)} of audio) in {_duration(outcome.wall_s)}: "
             f"{outcome.clips / outcome.wall_s:.1f} clips/s, {outcome.audio_s / outcome.wall_s:.0f}x real time",
             highlight=False,
             soft_wrap=True,
@@ -189,7 +190,7 @@ def show_outcome(outcome: Outcome, output: str, console: Console) -> None:
     else:
         console.print("Nothing left to do: every shard is finished.")
     console.print(
-        f"The output holds {total.clips:,} clips, {total.clips - total.failed:,} scored "
+        f"The output holds {counted(total.clips, 'clip')}, {total.clips - total.failed:,} scored "
         f"and {total.failed:,} failed.",
         highlight=False,
         soft_wrap=True,

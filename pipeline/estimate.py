@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,9 @@ def _estimate(options: dict[str, Any]) -> None:
     if not options["inputs"] and not options["inputs_from"]:
         raise UsageError("Missing argument 'INPUT...'.")
     # A mistake should not cost the time that follows.
+    price = options["price_per_hour"]
+    if price is not None and not math.isfinite(price):
+        raise UsageError(f"--price-per-hour {price} is no price; expected a number from 0 up")
     if options["save"] and not Path(options["save"]).absolute().parent.is_dir():
         raise UsageError(
             f"--save {options['save']!r} cannot be written: there is no folder "
@@ -127,6 +131,8 @@ def _estimate(options: dict[str, Any]) -> None:
     if not job.todo.shards:
         raise UsageError(
             f"there is nothing to estimate: all {job.shards:,} shards have a file in {output}"
+            if job.shards != 1
+            else f"there is nothing to estimate: the one shard has a file in {output}"
         )
     sample = draw_sample(job, options["sample"], options["seed"], say)
     try:

@@ -171,6 +171,8 @@ def prepare(options: ExportOptions) -> ExportJob:
             raise UsageError(
                 f"{name} is {place!r}; expected a path of this machine: Audacity and Raven open no URLs"
             )
+    if options.csv is not None and Path(options.csv).is_dir():
+        raise UsageError(f"--csv {options.csv!r} is a folder; name a file")
     try:
         source = open_output(options.source, Access(options.billing_project))
     except (ImportError, ValueError) as error:

@@ -30,6 +30,10 @@ from transforms.storage import Access
 from transforms.suffixes import AUDIO_SUFFIXES
 
 TABLE_FILE = "clips.csv"
+_HEADER = (
+    "file", "clip_id", "shard", "member", "start_s", "end_s", "written_s", "tags", "problem",
+)  # fmt: skip
+_OWN_NAME = re.compile(r"[A-Za-z0-9._-]*-[0-9a-f]{12}(-[0-9.]+-[0-9.]+)?\.[a-z0-9]+")
 PLAYED = 10  # clips of --play without --limit
 _PLAYERS = {
     "ffplay": ("-nodisp", "-autoexit", "-loglevel", "error"),
@@ -130,6 +134,40 @@ def wanted_of(views: Views, sql: str, limit: int | None, *, chunk: bool) -> list
     return wanted
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Refuses a folder that holds what is not an earlier extract's.
+
+    Raises:
+        UsageError: it is a file, cannot be read, or holds something and no `clips.csv` of ours.
+    """
+    try:
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise UsageError(f"--extract {str(folder)!r} is a file; name a folder")
+        if any(folder.iterdir()) and _earlier(folder) is None:
+            raise UsageError(
+                f"--extract {str(folder)!r} is not empty, and holds no {TABLE_FILE} of an earlier extract: "
+                "give a new folder"
+            )
+    except OSError as error:
+        raise UsageError(
+            f"--extract {str(folder)!r} cannot be read: {error.strerror or error}"
+        ) from error
+
+
+def _earlier(folder: Path) -> list[str] | None:
+    """Names of the files of an earlier extract; None: its table is not there, or no table of ours."""
+    try:
+        with (folder / TABLE_FILE).open(encoding="utf-8", newline="") as stream:
+            rows = csv.reader(stream)
+            if tuple(next(rows, ())) != _HEADER:
+                return None
+            return [row[0] for row in rows if row and _OWN_NAME.fullmatch(row[0])]
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, csv.Error):
+        return None
+
+
 def extract(
     wanted: Sequence[Wanted],
     folder: Path,
@@ -139,6 +177,8 @@ def extract(
     shown: Callable[[Iterable[Any]], Iterable[Any]] = lambda done: done,
 ) -> list[Extracted]:
     """Writes a file for each row, and `clips.csv` beside them, also where it is interrupted.
+
+    The files of an earlier extract into the folder are removed first.
 
     Args:
         wanted: of `wanted_of`.
@@ -157,6 +197,8 @@ def extract(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         done = {row: Extracted(row) for row in wanted}
+        for name in _earlier(folder) or ():
+            (folder / name).unlink(missing_ok=True)
         try:
             for row in shown(_extracted(wanted, folder, format, views, access)):
                 done[row.wanted] = row
@@ -323,19 +365,7 @@ def _write_csv(place: Path, done: Iterable[Extracted]) -> None:
     try:
         with partial.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(
-                (
-                    "file",
-                    "clip_id",
-                    "shard",
-                    "member",
-                    "start_s",
-                    "end_s",
-                    "written_s",
-                    "tags",
-                    "problem",
-                )
-            )
+            writer.writerow(_HEADER)
             for row in done:
                 wanted = row.wanted
                 tags = "; ".join(f"{name} {score:.4f}" for name, score in wanted.tags)

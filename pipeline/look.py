@@ -11,16 +11,18 @@ import click
 
 from pipeline import flags
 from pipeline.options import UsageError
+from pipeline.quantities import counted
 from pipeline.terminal import errors_said, visible
 
 if TYPE_CHECKING:  # heavy to import, and only types here
     from evaluation.scores import Source
-    from pipeline.compare import Comparison
+    from pipeline.compare import Change, Comparison
     from pipeline.page import Media
     from pipeline.preview import Wanted
     from transforms.storage import Access
 
 _SHOWN = 15  # labels and clips in the terminal
+_FLIPS = 3  # tags of a clip that are named there
 
 _max_audio_mb = click.option(
     "--max-audio-mb",
@@ -111,7 +113,7 @@ def report(output: str, verbose: bool, **options: Any) -> None:
         for said in measured.unreadable:
             click.echo(f"Left out: {visible(said)}", err=True)
         click.echo(
-            f"{measured.clips:,} clips, {measured.failed:,} of them failed, {measured.tags:,} tags."
+            f"{counted(measured.clips, 'clip')}, {measured.failed:,} of them failed, {counted(measured.tags, 'tag')}."
         )
         _say_media(media)
         click.echo(f"Wrote {visible(place)} ({len(page) / 1e6:.1f} MB); open it in a browser.")
@@ -213,7 +215,7 @@ def _media(wanted: Sequence[Wanted], options: dict[str, Any], access: Access) ->
 
 
 def _say_media(media: Media) -> None:
-    said = f"{media.sounds:,} clips with sound ({media.audio_bytes / 1e6:.1f} MB)"
+    said = f"{counted(media.sounds, 'clip')} with sound ({media.audio_bytes / 1e6:.1f} MB)"
     if media.silenced:
         said += f", {media.silenced:,} for which --max-audio-mb has no room"
     absent = media.absent
@@ -276,11 +278,25 @@ def _show(result: Comparison) -> None:
         table.add_column("label", overflow="fold")
         for name in ("A", "B"):
             table.add_column(name, justify="right")
+        table.add_column("tags", overflow="fold")
         for change in result.changes[:_SHOWN]:
             clip = _cell(str(change.row["clip_id"]))
-            table.add_row(clip, _cell(change.label), f"{change.a:.3f}", f"{change.b:.3f}")
+            table.add_row(
+                clip,
+                _cell(change.label),
+                f"{change.a:.3f}",
+                f"{change.b:.3f}",
+                _cell(_flips(change)),
+            )
         console.print()
         console.print(table)
+
+
+def _flips(change: Change) -> str:
+    """The tags that a clip gained and lost, the first few by name."""
+    flips = [*(f"+{name}" for name in change.gained), *(f"-{name}" for name in change.lost)]
+    more = f" and {len(flips) - _FLIPS} more" if len(flips) > _FLIPS else ""
+    return ", ".join(flips[:_FLIPS]) + more
 
 
 def _cell(text: str) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline import __version__, figures, report
 from pipeline.preview import Preview, Previews, Wanted
+from pipeline.quantities import counted
 from pipeline.terminal import visible
 from student.labels import audioset_ontology
 
@@ -196,9 +197,7 @@ def report_page(measured: Report, source: Source, media: Media) -> str:
         _section("Making", _making(source)),
     ]
     name = PurePosixPath(source.uri.rstrip("/")).name or source.uri
-    subtitle = (
-        f"{measured.clips:,} clips, {_hours(measured.audio_s)} of audio, tagged by {source.name}"
-    )
+    subtitle = f"{counted(measured.clips, 'clip')}, {_hours(measured.audio_s)} of audio, tagged by {source.name}"
     return render(f"What {name} holds", subtitle, sections, media, svgs)
 
 
@@ -737,11 +736,11 @@ def comparison_page(comparison: Comparison, media: Media) -> str:
             _table("Labels, most changed tags first", columns, labels, search="Find a label"),
         ]),
         _section("Listen", [
-            _text("The clips whose score of any one label changed most; a long one is cut to its loudest 10 s."),
+            _text("The clips that gained or lost most tags, then those whose score of any one label changed most; a long one is cut to its loudest 10 s."),
             {"type": "clips", "search": "Find a clip by name or tag", "groups": [
-                {"name": "Largest changes", "note": f"{len(cards)} clips", "kinds": [{"kind": "Score in A → in B; + a tag gained, − lost", "clips": cards}]}
+                {"name": "Largest changes", "note": counted(len(cards), "clip"), "kinds": [{"kind": "Score in A → in B; + a tag gained, − lost", "clips": cards}]}
             ]},
-        ] if cards else [_text("No score changed.")]),
+        ] if cards else [_text("No score and no tag changed.")]),
         _section("Making", [
             {"type": "facts", "rows": [["A", visible(comparison.a)], ["B", visible(comparison.b)]]},
             _table("What differs in how they were made", [("Of run.json", "text"), ("A", "wide"), ("B", "wide")], making),

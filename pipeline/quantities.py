@@ -1,4 +1,4 @@
-"""Bytes and seconds as a person reads them."""
+"""Bytes, seconds and counts as a person reads them."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def duration(seconds: float) -> str:
     if seconds < 6_000:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3_600:.1f} h"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun, such as `1 clip` or `1,200 clips`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

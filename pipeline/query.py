@@ -15,13 +15,14 @@ import click
 
 from pipeline import flags
 from pipeline.options import UsageError
+from pipeline.quantities import counted
 from pipeline.terminal import EXIT_FAILURES, errors_said
 
 if TYPE_CHECKING:  # heavy to import, and only types here
     from pipeline.views import LabelRow, Views
 
 _CONDITION = re.compile(r"(.+?)\s*(>=|<=|>|<)\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s*", re.DOTALL)
-_NAMED = 20  # rows without a file that are told of one by one
+_NAMED = 5  # rows without a file that are told of one by one
 _ORDER = re.compile(r"(.+?)\s+(asc|desc)", re.IGNORECASE | re.DOTALL)
 
 
@@ -76,9 +77,16 @@ def query(output: str, verbose: bool, **options: Any) -> None:
     DuckDB's, over the views clips, failures, tags, chunks, segments, labels and all_rows, with
     score('Dog') and has('Animal'). docs/query.md has examples.
     """
-    with errors_said(verbose, "Nothing was changed"):
+    began: list[str] = []
+
+    def kept() -> str:
+        if not began:
+            return "Nothing was changed"
+        return f"{began[0]} keeps the files that were written; its clips.csv names them"
+
+    with errors_said(verbose, kept):
         try:
-            _query(QueryOptions(output, **options))
+            _query(QueryOptions(output, **options), began)
             sys.stdout.flush()
         except BrokenPipeError:
             # Whoever reads, such as `head`, has had enough. What is left must not be
@@ -107,11 +115,16 @@ class QueryOptions:
     billing_project: str | None = None
 
 
-def _query(options: QueryOptions) -> None:
+def _query(options: QueryOptions, began: list[str]) -> None:
+    """Answers; the folder of --extract is put into `began` once something of it is changed."""
     from pipeline.rows import format_of
     from pipeline.views import open_views
     from transforms.storage import CLOUD_STORAGE, Access
 
+    for name in ("extract", "to", "columns", "sort"):
+        value = getattr(options, name)
+        if any(not text.strip() for text in ([value] if isinstance(value, str) else value or ())):
+            raise UsageError(f"--{name} is empty; is a shell variable unset?")
     asked = ("tags", "under", "any_of", "sort", "columns")
     if options.sql is not None and any(getattr(options, name) for name in asked):
         raise UsageError(
@@ -136,10 +149,13 @@ def _query(options: QueryOptions) -> None:
         refuse_inside("--to", options.to, options.output)
     if options.extract is not None:
         refuse_inside("--extract", options.extract, options.output)
+        from pipeline.extract import refuse_foreign
+
+        refuse_foreign(Path(options.extract))
     with open_views(options.output, Access(options.billing_project)) as views:
         sql = options.sql if options.sql is not None else sql_of(options, views)
         if audio:
-            _take_audio(views, sql, options)
+            _take_audio(views, sql, options, began)
         else:
             views.interruptible(lambda: _write(views, sql, options, format_))
 
@@ -249,6 +265,8 @@ def _condition(text: str, options: QueryOptions, views: Views) -> tuple[LabelRow
         score = _as_stored(float(value))
     except (ValueError, OverflowError):
         raise UsageError(f"--tag {text!r}: {value!r} is not a number") from None
+    if not 0 <= score <= 1:
+        raise UsageError(f"--tag {text!r}: a score is from 0 to 1, {value} is not")
     plain = f"scores[{label.index + 1}] {operator} {value}::FLOAT"
     # A score from the threshold up is in `tags`, a small column beside that of all scores.
     in_tags = (
@@ -327,10 +345,10 @@ def _write(views: Views, sql: str, options: QueryOptions, format_: str) -> None:
             write(rows.to_stdout(binary))
         else:
             count = rows.write_file(options.to, write, binary=binary)
-            click.echo(f"Wrote {count:,} row{'s' * (count != 1)} to {options.to}", err=True)
+            click.echo(f"Wrote {counted(count, 'row')} to {options.to}", err=True)
 
 
-def _take_audio(views: Views, sql: str, options: QueryOptions) -> None:
+def _take_audio(views: Views, sql: str, options: QueryOptions, began: list[str]) -> None:
     from rich.console import Console
     from rich.progress import track
 
@@ -353,10 +371,11 @@ def _take_audio(views: Views, sql: str, options: QueryOptions) -> None:
             )  # fmt: skip
 
         format_ = options.format_audio or "flac"
+        began.append(options.extract)
         done = extract.extract(wanted, Path(options.extract), format_, views, access, shown)
         files = sum(row.file is not None for row in done)
         click.echo(
-            f"Wrote {files:,} file{'s' * (files != 1)} and {extract.TABLE_FILE} to {options.extract}",
+            f"Wrote {counted(files, 'file')} and {extract.TABLE_FILE} to {options.extract}",
             err=True,
         )
     amiss = [row for row in done if row.problem is not None]

@@ -19,6 +19,7 @@ import click
 
 from pipeline import __version__, flags
 from pipeline.options import UsageError
+from pipeline.quantities import counted
 from pipeline.terminal import errors_said, printable
 
 if TYPE_CHECKING:  # heavy to import, and only types here
@@ -97,13 +98,13 @@ def retag(output: str, new: str, verbose: bool, **options: Any) -> None:
         )
         if done:
             click.echo(
-                f"{outcome.after.clips:,} clips, {outcome.after.failed:,} of them failed: "
+                f"{counted(outcome.after.clips, 'clip')}, {outcome.after.failed:,} of them failed: "
                 f"{outcome.before.tags.total():,} tags before, {outcome.after.tags.total():,} now."
             )
-        click.echo(printable(f"The output {new} holds {outcome.total.clips:,} clips."))
+        click.echo(printable(f"The output {new} holds {counted(outcome.total.clips, 'clip')}."))
         if outcome.refused:
             raise UsageError(
-                f"{len(outcome.refused):,} of {len(job.todo):,} shards could not be retagged and are "
+                f"{len(outcome.refused):,} of {counted(len(job.todo), 'shard')} could not be retagged and are "
                 "not in the new output; the same command again tries them alone:\n  "
                 + "\n  ".join(outcome.refused[:_NAMED])
                 + f"\n  and {len(outcome.refused) - _NAMED:,} more"

@@ -14,6 +14,7 @@ import click
 
 from pipeline import flags
 from pipeline.options import UsageError, split_beam_options
+from pipeline.quantities import counted
 from pipeline.terminal import EXIT_FAILURES, errors_said, printable, quiet
 
 _NOT_FOUND_TOLD = 5
@@ -132,7 +133,7 @@ def _retry(
     click.echo(
         f"Tried {tried:,} failed row{'s' * (tried != 1)} of {len(found):,} shard"
         f"{'s' * (len(found) != 1)} once more: {max(0, better):,} got scores. Of all "
-        f"{outcome.total.clips:,} clips {outcome.total.failed:,} failed."
+        f"{counted(outcome.total.clips, 'clip')} {outcome.total.failed:,} failed."
     )
     if gone:
         named = ", ".join(gone[:_NOT_FOUND_TOLD]) + " ..." * (len(gone) > _NOT_FOUND_TOLD)
@@ -145,7 +146,7 @@ def _retry(
         )
     if outcome.not_retried:
         click.echo(
-            f"Error: {outcome.not_retried:,} shards were left as they are, because their clips are others "
+            f"Error: {counted(outcome.not_retried, 'shard')} left unchanged, because the clips are others "
             "by now; earmark annotate --refresh does them anew",
             err=True,
         )

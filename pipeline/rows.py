@@ -73,7 +73,12 @@ def write_table(
     headers = [safe(name) for name in names]
     console = Console()
     natural = [max(map(cell_len, column)) for column in zip(headers, *cells, strict=True)]
-    widths = _shared(natural, console.width - 2 * (len(names) - 1))
+    widths = _shared(
+        natural,
+        console.width - 2 * (len(names) - 1),
+        # What reads a pipe takes ids whole.
+        () if console.is_terminal else [at for at, name in enumerate(names) if name == "clip_id"],
+    )
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for at, name in enumerate(headers):
         numbers = all(isinstance(row[at], int | float | None) for row in few)
@@ -90,10 +95,18 @@ def write_table(
     return len(few), limit is None and next(left, None) is not None
 
 
-def _shared(natural: Sequence[int], width: int) -> list[int]:
-    """Widths of columns that together are no more than `width`: the widest give way."""
+def _shared(natural: Sequence[int], width: int, whole: Sequence[int] = ()) -> list[int]:
+    """Widths of columns that together are no more than `width`: the widest give way.
+
+    The columns `whole` keep theirs, whatever becomes of the sum.
+    """
+    if whole:
+        left = [at for at in range(len(natural)) if at not in whole]
+        rest = width - sum(natural[at] for at in whole)
+        given = dict(zip(left, _shared([natural[at] for at in left], rest), strict=True))
+        return [given.get(at, own) for at, own in enumerate(natural)]
     widths = list(natural)
-    while sum(widths) > width and max(widths) > _NARROWEST:
+    while widths and sum(widths) > width and max(widths) > _NARROWEST:
         widest = max(widths)
         among = [at for at, own in enumerate(widths) if own == widest]
         second = max([own for own in widths if own < widest], default=_NARROWEST)

@@ -36,6 +36,7 @@ from pipeline.interrupt import workers_end_with_us
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions, UsageError
 from pipeline.plan import Packer, Planned, Todo, named_inputs, plan_inputs, shards_of
 from pipeline.profile import profile_of
+from pipeline.quantities import counted
 from pipeline.thresholds import Thresholds, asked_thresholds
 from student import BUNDLED
 from student.checkpoint import Checkpoint, CheckpointError, read_checkpoint
@@ -356,7 +357,7 @@ def execute(
     missing = sum(shard.id not in published for shard in job.todo)
     if missing:
         raise dataflow.JobFailed(
-            f"the job ended, but {missing:,} of {job.todo.shards:,} shards have no file in "
+            f"the job ended, but {missing:,} of {counted(job.todo.shards, 'shard')} have no file in "
             f"{job.output.uri}; run the same command again to make them"
         )
     # Another run may have divided the same folder otherwise in the meantime.

@@ -312,6 +312,7 @@ def _planned(
     for reason in gone:
         found.notes.append(f"an input is gone, and its clips are not compared: {reason}")
     packer, foreign = Packer(), set(finished)
+    apart: set[str] = set()  # files of loose files that cannot be compared
     folders = set()  # of loose files
     if there:
         found.compared = 0
@@ -351,11 +352,11 @@ def _planned(
                 f"{len(apart):,} files are of loose files that no input of run.json names, and are not "
                 "compared with them; name all inputs for that"
             )
-        foreign -= later.keys() | apart
+        foreign -= later.keys()
     if gone and foreign:
         found.notes.append(f"{len(foreign):,} files are not compared with their shards")
     elif there:
-        for shard_id in sorted(foreign):
+        for shard_id in sorted(foreign - apart):
             found.add(Problem("foreign file", f"clips/{shard_id}.parquet"))
     planned = packer.todo()
     changed = [f"{as_text(public_url(s.uri))} ({how})" for s, how in islice(ledger.changed_shards(output, planned), 1_000)]  # fmt: skip

@@ -105,6 +105,9 @@ def checkpoint_labels(
             f"the checkpoint does not name its {count} labels (id2label is LABEL_0, LABEL_1, ...); "
             "write the names into id2label of its config.json"
         )
+    if not all(str(name).strip() for name in names):
+        empty = next(index for index, name in enumerate(names) if not str(name).strip())
+        raise ValueError(f"id2label names label {empty} {names[empty]!r}; every label needs a name")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"id2label names {repeated[0]!r} more than once; names must be unique")

@@ -95,10 +95,26 @@ def test_shifts_flips_and_agreement_are_those_of_a_slow_reading(one, other):
         any_ = sum(shift.name in x or shift.name in y for x, y in zip(ta, tb, strict=True))
         assert shift.agreement == (both / any_ if any_ else None)
     most = np.abs(a - b).max(axis=1)
-    expected = [ids[i] for i in np.argsort(-most)[:3]]
+    flips = [len(x ^ y) for x, y in zip(ta, tb, strict=True)]
+    order = sorted(range(len(ids)), key=lambda i: (-flips[i], -most[i]))[:3]
+    expected = [ids[i] for i in order]
     assert [change.row["clip_id"] for change in result.changes] == expected
-    assert result.changes[0].a - result.changes[0].b == pytest.approx(most.max(), abs=1e-6)
+    first = result.changes[0]
+    assert abs(first.a - first.b) == pytest.approx(most[order[0]], abs=1e-6)
+    assert result.largest_change == pytest.approx(most.max(), abs=1e-6)
     assert [name for name, _, _ in result.differences] == ["pool", "thresholds"]
+
+
+def test_other_thresholds_alone_are_changes_of_clips(one, annotate, shards):
+    lower = annotate(shards, "--threshold", "0.8")
+    result = compare(open_source(str(one)), open_source(str(lower)), changes=100)
+    assert result.largest_change == 0 and result.gained > 0
+    assert len(result.changes) == result.flipped > 0
+    gained = [len(change.gained) for change in result.changes]
+    assert gained == sorted(gained, reverse=True) and sum(gained) == result.gained
+    assert all(change.label in change.gained for change in result.changes)
+    shown = earmark("compare", one, lower).output
+    assert "most changed clips" in shown and "+" in shown
 
 
 def test_clips_are_matched_by_bytes_where_they_lie_elsewhere(
@@ -114,7 +130,7 @@ def test_clips_are_matched_by_bytes_where_they_lie_elsewhere(
     assert (result.clips, result.only_a, result.only_b) == (3, 6, 1)
     assert result.notes == [
         "6 clips are only in A and left out.",
-        "1 clips are only in B and left out.",
+        "1 clip is only in B and left out.",
     ]
     assert result.mean_change == 0, "each clip has met itself"
 

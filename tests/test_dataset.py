@@ -200,6 +200,10 @@ def test_the_filters_are_those_of_query(tags, rows, tmp_path):
     [
         (["--tag", "Dgo"], "there is no label 'Dgo'"),
         (["--where", "duration_s >"], "syntax error"),
+        (["--where", " "], "--where is empty"),
+        (["--where", "duration_s"], "not a condition"),
+        (["--where", "1=1) OR (1=1"], "syntax error"),
+        (["--where", "1=1 LIMIT 3"], "syntax error"),
         (["--where", "duration_s > 1e9"], "no clip is as asked"),
         (["--where", "true); DROP TABLE labels; SELECT (1"], "one query at a time"),
         (["--split", "train=0.9"], "expected 1"),

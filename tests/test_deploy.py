@@ -414,7 +414,7 @@ def test_a_worker_of_beam_starts_there_and_does_the_job(environment, tmp_path, e
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "The output holds 1 clips, 1 scored and 0 failed." in done.stdout
+    assert "The output holds 1 clip, 1 scored and 0 failed." in done.stdout
 
 
 def free_port():

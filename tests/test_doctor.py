@@ -100,6 +100,7 @@ def test_a_device_that_is_missing_fails(look):
     found = look("--device", "cuda:7", code=1)
     assert found["device"]["status"] == found["student"]["status"] == "fail"
     assert "cuda:7" in found["device"]["found"]
+    assert "--device" in found["student"]["cure"]
 
 
 def test_a_container_s_limits_are_seen(monkeypatch, tmp_path):

@@ -187,6 +187,8 @@ def test_what_a_person_sees(earmark, shards, tiny_checkpoint):
 def test_mistakes_are_said_before_anything_is_read(earmark, shards, tmp_path):
     for arguments, message in [
         (["--workers", "0,2"], "--workers '0,2': expected numbers from 1 on"),
+        (["--price-per-hour", "nan"], "--price-per-hour nan is no price"),
+        (["--price-per-hour", "inf"], "--price-per-hour inf is no price"),
         (["--gpu", "abacus"], "--gpu 'abacus' is unknown"),
         (["--save", tmp_path / "no" / "x.json"], "cannot be written: there is no folder"),
         (["--checkpoint", "nowhere/"], "nowhere/"),

@@ -250,6 +250,7 @@ def test_hostile_clip_ids_write_nothing_outside(output, tmp_path):
         (("--csv", "x.csv", "--label", "Dogg"), "--label 'Dogg' is no label of this output; the nearest are 'Dog'"),
         (("--csv", "x.csv", "--label", "qqqqqq"), "--label 'qqqqqq' is no label"),
         (("--csv", "x.csv", "--min-score", "2"), "'--min-score'"),
+        (("--csv", "."), "--csv '.' is a folder; name a file"),
         (("--csv", "no/such/folder.csv"), "--csv 'no/such/folder.csv' cannot be written: No such file"),
         (("--audacity", "{output}/run.json"), "cannot be written: Not a directory"),
     ],

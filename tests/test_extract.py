@@ -174,7 +174,8 @@ def test_what_changed_or_is_gone_is_said(sources, tiny_checkpoint, encoded, nois
     assert "is not in" in found["sub/-rf.mp3"]["problem"]
     assert "a.tar is not there" in found["long.flac"]["problem"]
     assert [row["file"] != "" for row in found.values()].count(True) == 1
-    assert "it has changed since" in said.stderr and "Wrote 1 file and" in said.stderr
+    assert "Wrote 1 file and" in said.stderr
+    assert "and 1 more; clips.csv names them all" in said.stderr  # five are named
 
 
 def test_the_query_must_say_which_clips(tags, tmp_path):
@@ -192,7 +193,47 @@ def test_the_query_must_say_which_clips(tags, tmp_path):
     assert "inside of OUTPUT" in inside
     file = tmp_path / "file"
     file.touch()
-    assert "cannot be written" in earmark("query", tags, "--extract", file, code=2).output
+    assert "is a file; name a folder" in earmark("query", tags, "--extract", file, code=2).output
+
+
+def test_another_extract_replaces_the_files_of_the_first_alone(tags, tmp_path):
+    out = tmp_path / "out"
+    earmark("query", tags, "--extract", out)
+    first = {file.name for file in out.iterdir()}
+    (out / "notes.txt").write_text("mine")
+    with (out / "clips.csv").open("a") as stream:
+        stream.write("notes.txt\n../beside.txt\n")
+    (tmp_path / "beside.txt").write_text("mine")
+    earmark("query", tags, "--extract", out, "--limit", 1)
+    left = {file.name for file in out.iterdir()}
+    named = {row["file"] for row in table(out).values()}
+    assert left == {"clips.csv", "notes.txt"} | named and named < first and len(named) == 1
+    assert (tmp_path / "beside.txt").exists()
+
+
+def test_ctrl_c_says_what_stays(tags, tmp_path, monkeypatch):
+    from pipeline import extract
+
+    real, done = extract._written, []
+
+    def interrupted(*arguments):
+        if done:
+            raise KeyboardInterrupt
+        done.append(real(*arguments))
+        return done[0]
+
+    monkeypatch.setattr(extract, "_written", interrupted)
+    said = earmark("query", tags, "--extract", tmp_path / "out", code=130).output
+    assert "keeps the files that were written" in said
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"clips.csv", done[0].file}
+
+
+def test_a_folder_of_others_is_left_alone(tags, tmp_path):
+    (tmp_path / "clips.csv").write_text("file,mine\na.wav,1\n")
+    said = earmark("query", tags, "--extract", tmp_path, code=2).output
+    assert "is not empty" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["clips.csv"]
+    assert (tmp_path / "clips.csv").read_text() == "file,mine\na.wav,1\n"
 
 
 def test_rows_in_the_order_of_the_query_each_once(tags, tmp_path):

@@ -170,6 +170,11 @@ def test_repeated_names_are_refused() -> None:
         checkpoint_labels({0: "hum", 1: "hiss", 2: "hum"})
 
 
+def test_an_empty_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="label 1 ''; every label needs a name"):
+        checkpoint_labels({0: "hum", 1: "", 2: "hiss"})
+
+
 def test_a_label_given_by_its_name_and_by_its_mid_is_refused() -> None:
     with pytest.raises(ValueError, match="more than once"):
         checkpoint_labels({0: "Dog", 1: DOG})

@@ -383,6 +383,23 @@ def test_a_file_is_whole_or_not_there(tags, tmp_path):
     assert "two columns are called 'x'" in twice
 
 
+@pytest.mark.parametrize("option", ["--extract", "--to", "--columns", "--sort"])
+def test_an_empty_value_is_refused(tags, option):
+    done = CliRunner().invoke(cli, ["query", str(tags), option, ""])
+    assert done.exit_code == 2 and f"{option} is empty" in done.output
+
+
+def test_a_score_is_from_0_to_1(tags, mixed):
+    done = CliRunner().invoke(cli, ["query", str(tags), "--tag", f"{mixed[0]['name']}>1.5"])
+    assert done.exit_code == 2 and "a score is from 0 to 1, 1.5 is not" in done.output
+
+
+def test_a_pipe_gets_whole_ids(tags, fine, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = earmark(tags, "SELECT clip_id, tags FROM clips").stdout
+    assert all(row["clip_id"] in shown for row in fine if row["clip_id"].isascii())
+
+
 def test_the_table_fits_and_names_are_escaped(tags, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     shown = earmark(tags, "--sort", "member desc").stdout

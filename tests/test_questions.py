@@ -156,6 +156,15 @@ def test_every_engine_gives_the_same_answer(number, ask, folder, monkeypatch):
         assert answer == answers["earmark"], engine
 
 
+def test_an_output_without_failures_has_none():
+    pytest.importorskip("pandas")
+    import pandas as pd
+
+    names = {"pd": pd, "clips": pd.DataFrame({"error": [None, None]})}
+    exec(block(SECTIONS[6], "pandas"), names)
+    assert names["answer"] == []
+
+
 def test_the_answers_are_right(ask, folder, rows, named, monkeypatch):
     monkeypatch.chdir(folder)
     failed = [row for row in rows if row["error"] is not None]

@@ -484,7 +484,7 @@ def test_a_damaged_shard_is_named_and_the_others_are_done(tagged, tmp_path, dama
     assert f"{file} {reason}" in said
     assert len(tables(new)) == 2 and file.name not in tables(new)
     assert json.loads((new / "summary.json").read_text())["clips"] == 6
-    assert "1 of 1 shards could not be retagged" in refused(*asked)
+    assert "1 of 1 shard could not be retagged" in refused(*asked)
 
     file.write_bytes(whole)
     done = earmark("retag", *asked)
