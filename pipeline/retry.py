@@ -37,8 +37,8 @@ _NOT_FOUND_TOLD = 5
     "--stage",
     "stages",
     multiple=True,
-    metavar="S",
-    help="Only rows that failed in this stage, read or decode; may be given several times.",
+    type=click.Choice(["read", "decode"]),
+    help="Only rows that failed in this stage; may be given several times.",
 )
 @click.option(
     "--checkpoint",

@@ -204,6 +204,11 @@ def prepare(options: AnnotateOptions, redo: Redo | None = None) -> Job:
     if not remote and _runner_of(beam_options) not in CLUSTERS:
         made_on = computed_by(workers, options.dtype, checkpoint.hidden_size)
     run = ledger.describe_run(options, checkpoint, thresholds, workers.dtype, made_on)
+    root = options.audio_root
+    if root and is_local(root) and not Path(root).is_dir():
+        raise UsageError(
+            f"--audio-root {root!r} is no folder; name the one where relative paths begin"
+        )
     inputs = named_inputs(options, access)
     advice = {} if redo is None else {"advice": _RETRY_ADVICE}
     if remote:

@@ -14,7 +14,7 @@ import click
 
 from pipeline import flags
 from pipeline.options import UsageError
-from pipeline.terminal import EXIT_FAILURES, errors_said, printable
+from pipeline.terminal import EXIT_FAILURES, errors_said, visible
 
 if TYPE_CHECKING:  # heavy to import, and only types here
     from pipeline.options import AnnotateOptions
@@ -91,7 +91,7 @@ def verify(
             click.echo(json.dumps(found.as_json(), indent=2))
         else:
             for line in found.lines():
-                click.echo(printable(line))
+                click.echo(visible(line))
         if found.counts:
             sys.exit(EXIT_FAILURES)
 

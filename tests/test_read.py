@@ -25,6 +25,7 @@ import xxhash
 import zstandard
 
 from transforms import opening, read_tar
+from transforms.listing import InputError
 from transforms.read import read_clips
 from transforms.read_table import audio_column
 from transforms.read_tar import count_tar_clips
@@ -789,3 +790,14 @@ def test_audio_is_seekable_and_stands_at_its_start(
         assert (clip.audio.tell(), clip.audio.read(3)) == (0, b"012")
         assert (clip.audio.seek(-2, os.SEEK_END), clip.audio.read()) == (8, b"89")
         assert (clip.member, clip.size_bytes) == ("a.wav", 10)
+
+
+def test_a_pipe_is_no_file_and_holds_nothing_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.wav")
+    (tmp_path / "q.wav").write_bytes(b"x")
+    (planned,) = plan_shards([str(tmp_path)]).shards
+    first, second = read_clips(planned)
+    assert (first.member, first.error.type) == ("p.wav", "NoFile")
+    assert second.member == "q.wav"
+    with pytest.raises(InputError, match="is a pipe or a device"):
+        plan_shards([str(tmp_path / "p.wav")])

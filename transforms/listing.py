@@ -211,6 +211,10 @@ def _fsspec_matches(fs: Any, path: str, pattern: str) -> Iterator[tuple[str, Sto
         raise InputError(f"{pattern!r} cannot be read: {error.strerror or error}") from error
     if info["type"] == "directory":
         yield from _walk(fs, path, path)
+    elif _is_no_file(fs, info):
+        raise InputError(
+            f"{pattern!r} is a pipe or a device; expected files, which can be read twice"
+        )
     else:
         yield posixpath.dirname(public_name(path, path)), stored_file(fs, path, info), True
 
@@ -242,6 +246,10 @@ def _root_of_glob(path: str) -> tuple[str, str]:
     root = posixpath.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0])
     suffix = posixpath.splitext(path)[1]
     return root, suffix if suffix and not any(mark in suffix for mark in "*?[]") else "\0"
+
+
+def _is_no_file(fs: Any, info: dict[str, Any]) -> bool:
+    return isinstance(fs, LocalFileSystem) and info["type"] not in ("file", "link", "directory")
 
 
 def _walk(fs: Any, folder: str, root: str) -> Iterator[tuple[str, StoredFile, bool]]:

@@ -83,7 +83,14 @@ def _read_files(shard: Shard) -> Clips:
     for name, metadata in zip(shard.files, _file_metadata(shard), strict=True):
         member = as_text(name)
         try:
-            with fs.open(posixpath.join(root, name), "rb") as stream:
+            path = posixpath.join(root, name)
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+                error = ClipError(
+                    "read", "NoFile", "it is a folder, a pipe or a device, and no file"
+                )
+                yield UnreadableClip(member, error, metadata)
+                continue
+            with fs.open(path, "rb") as stream:
                 audio, digest, size = seekable(stream)
                 yield EncodedClip(member, audio, size, digest, metadata)
         except FileNotFoundError:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import posixpath
 
 AUDIO_SUFFIXES = frozenset(
-    ".3gp .aac .ac3 .aif .aifc .aiff .amr .ape .au .caf .flac .m4a .m4b .mka .mkv .mov .mp2 .mp3 "
-    ".mp4 .mpga .oga .ogg .opus .rf64 .snd .tta .w64 .wav .wave .webm .wma .wv".split()
+    ".3gp .aac .ac3 .aif .aifc .aiff .amr .ape .asf .au .avi .bwf .caf .dff .dsf .dts .eac3 .flac .flv .m4a .m4b "
+    ".mka .mkv .mov .mp2 .mp3 .mp4 .mpc .mpga .nist .oga .ogg .opus .rf64 .rm .snd .spx .sph .tak .tta .voc .w64 "
+    ".wav .wave .webm .wma .wv".split()
 )
 TAR_SUFFIXES = (
     *(".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tbz"),
