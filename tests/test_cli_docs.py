@@ -49,6 +49,7 @@ def document():
     """What docs/cli.md has to hold."""
     parts = [HEAD]
     for path, command, context in commands():
+        command._help_option = None  # click keeps that of whoever asked first
         shown = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
         parts.append(f"## {' '.join(path)}\n\n```text\n{shown}\n```\n")
     return parts[0] + "\n".join(parts[1:])

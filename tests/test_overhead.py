@@ -59,7 +59,10 @@ def run(tmp_path: Path, tiny_checkpoint: Path) -> Callable[[Path], Any]:
 
     def annotated(shard: Path) -> Any:
         output = tmp_path / f"out-{shard.parent.name}"
-        options = AnnotateOptions((str(shard),), str(output), str(tiny_checkpoint), device="cpu")
+        # A thread decodes, so that what it does can be counted here.
+        options = AnnotateOptions(
+            (str(shard),), str(output), str(tiny_checkpoint), device="cpu", decode_processes=0
+        )
         job = prepare(options)
         root = empty_pipeline(job.beam_options)
         annotate(root, job.todo, annotation_of(job, None))
