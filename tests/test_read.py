@@ -750,9 +750,9 @@ def test_a_file_that_is_gone_is_an_error_between_the_others(tmp_path: Path) -> N
         ("a.wav", b"A", {}),
         ("unreadable", "b.wav", "FileNotFound", {}),
         ("c.wav", b"C", {}),
-        ("unreadable", "d.wav", "IsADirectoryError", {}),
+        ("unreadable", "d.wav", "NoFile", {}),
     ]
-    assert messages(what) == ["the file is gone", "the file cannot be opened: Is a directory"]
+    assert messages(what) == ["the file is gone", "it is a folder, a pipe or a device, and no file"]
 
 
 def test_a_file_whose_name_is_not_utf8_is_read_under_a_valid_name(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def _read_files(shard: Shard) -> Clips:
         except FileNotFoundError:
             error = ClipError("read", "FileNotFound", "the file is gone")
             yield UnreadableClip(member, error, metadata)
-        except (PermissionError, IsADirectoryError) as error:
+        except PermissionError as error:
             message = f"the file cannot be opened: {error.strerror}"
             yield UnreadableClip(member, ClipError("read", type(error).__name__, message), metadata)
 
