@@ -142,27 +142,14 @@ def prepare(options: CompactOptions) -> CompactJob:
         OSError: storage does not answer.
     """
     from pipeline import ledger
-    from pipeline.recorded import recorded_labels, recorded_run
+    from pipeline.recorded import open_both, recorded_labels, recorded_run, whereabouts
     from transforms.compact import CompactError, plan
-    from transforms.output import open_output
-    from transforms.storage import CLOUD_STORAGE, Access
-    from transforms.write import CLIPS_FOLDER, RUN_FILE
+    from transforms.storage import Access
+    from transforms.write import CLIPS_FOLDER, RUN_FILE, finished_shards
 
-    if (options.kms_key or options.billing_project) and not any(
-        url.startswith(CLOUD_STORAGE) for url in (options.source, options.to)
-    ):
-        raise UsageError("--kms-key and --billing-project are for gs://, and nothing here is there")
     access = Access(options.billing_project, options.kms_key)
-    places = []
-    for name, place in (("OUTPUT", options.source), ("--to", options.to)):
-        if not place:
-            raise UsageError(f"{name} is empty; is a shell variable unset?")
-        try:
-            places.append(open_output(place, access))
-        except (ImportError, ValueError) as error:
-            raise UsageError(f"{name} {place!r} cannot be used: {error}") from error
-    source, output = places
-    if f"{_place(output)}/".startswith(f"{_place(source)}/"):
+    source, output = open_both(options.source, options.to, "--to", (), access)
+    if f"{whereabouts(output)}/".startswith(f"{whereabouts(source)}/"):
         raise UsageError(
             f"--to {options.to!r} is OUTPUT or inside of it: a reader would find rows twice; give a new "
             "folder"
@@ -179,7 +166,7 @@ def prepare(options: CompactOptions) -> CompactJob:
             f"--to {options.to!r} has a folder {CLIPS_FOLDER!r} that earmark compact did not make; "
             "give a new folder"
         )
-    shards = sorted(ledger.finished_shards(source))
+    shards = sorted(finished_shards(source))
     if not shards:
         raise UsageError(
             f"{source.uri}/{CLIPS_FOLDER} holds no finished shard: there is nothing to compact"
@@ -288,7 +275,3 @@ def _summary(source: Output, total: Any) -> bytes:
         pass
     made = ledger.summary_of(total, ShardSummary(), 0.0, {}, None)
     return (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _place(output: Output) -> str:
-    return str(Path(output.uri).resolve()) if "://" not in output.uri else output.uri

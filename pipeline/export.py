@@ -149,11 +149,10 @@ def prepare(options: ExportOptions) -> ExportJob:
     Raises:
         UsageError: OUTPUT, a label or a place cannot be used as asked.
     """
-    from pipeline import ledger
     from pipeline.recorded import recorded_labels, recorded_run
     from transforms.output import open_output
     from transforms.storage import Access
-    from transforms.write import CLIPS_FOLDER, RowOptions
+    from transforms.write import CLIPS_FOLDER, RowOptions, finished_shards
 
     if not options.source:
         raise UsageError("OUTPUT is empty; is a shell variable unset?")
@@ -187,7 +186,7 @@ def prepare(options: ExportOptions) -> ExportJob:
             f"{source.uri}/run.json lacks {error}: take the folder as earmark annotate wrote it"
         ) from error
     rows = RowOptions(thresholds, score_type=made["scoring"]["score_type"])
-    shards = sorted(ledger.finished_shards(source))
+    shards = sorted(finished_shards(source))
     if not shards:
         raise UsageError(
             f"{source.uri}/{CLIPS_FOLDER} holds no finished shard: there is nothing to export"

@@ -259,12 +259,6 @@ def write_labels(output: Output, labels: Sequence[Label], thresholds: Thresholds
         publish_bytes(output, LABELS_FILE, labels_parquet(labels, thresholds))
 
 
-def finished_shards(output: Output) -> set[str]:
-    """The ids of the shards that have a file."""
-    names = output.names(CLIPS_FOLDER)
-    return {n.removesuffix(".parquet") for n in names if n.endswith(".parquet") and n[0] != "."}
-
-
 def refuse_other_divisions(
     output: Output, planned: Callable[[], Iterable[Shard]], divided: set[str], finished: set[str]
 ) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,8 +15,45 @@ from evaluation.scores import read_table
 from pipeline import ledger
 from pipeline.options import AnnotateOptions, UsageError
 from student.labels import Label
-from transforms.output import Output
+from transforms.output import Output, open_output
+from transforms.storage import CLOUD_STORAGE, Access
 from transforms.write import RUN_FILE, RowOptions
+
+
+def open_both(
+    source: str, target: str, option: str, others: Iterable[str], access: Access
+) -> tuple[Output, Output]:
+    """An output that is read, and the place of one that is made of it.
+
+    Args:
+        source: what the user calls the first.
+        target: what the user calls the second.
+        option: that names the second.
+        others: more paths that were given, which may be in Cloud Storage.
+        access: how remote storage is used.
+
+    Raises:
+        UsageError: one is empty or of an unknown kind, or options are for Cloud Storage and
+            nothing is there.
+    """
+    if (access.kms_key or access.billing_project) and not any(
+        url.startswith(CLOUD_STORAGE) for url in (source, target, *others)
+    ):
+        raise UsageError("--kms-key and --billing-project are for gs://, and nothing here is there")
+    places = []
+    for name, place in (("OUTPUT", source), (option, target)):
+        if not place:
+            raise UsageError(f"{name} is empty; is a shell variable unset?")
+        try:
+            places.append(open_output(place, access))
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"{name} {place!r} cannot be used: {error}") from error
+    return places[0], places[1]
+
+
+def whereabouts(output: Output) -> str:
+    """Where an output is, in one spelling."""
+    return str(Path(output.uri).resolve()) if "://" not in output.uri else output.uri
 
 
 def recorded_run(source: Output, name: str) -> dict[str, Any]:

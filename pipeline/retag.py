@@ -159,28 +159,17 @@ def prepare(options: RetagOptions) -> RetagJob:
         UsageError: the source, the thresholds or the output cannot be used as asked.
     """
     from pipeline import ledger
-    from pipeline.recorded import recorded_labels, recorded_run
+    from pipeline.recorded import open_both, recorded_labels, recorded_run, whereabouts
     from pipeline.thresholds import asked_thresholds
-    from transforms.output import LocalOutput, open_output, remove_abandoned
-    from transforms.storage import CLOUD_STORAGE, Access
-    from transforms.write import CLIPS_FOLDER, RUN_FILE, RowOptions
+    from transforms.output import LocalOutput, remove_abandoned
+    from transforms.storage import Access
+    from transforms.write import CLIPS_FOLDER, RUN_FILE, RowOptions, finished_shards
 
-    urls = (options.source, options.output, options.thresholds or "")
-    if (options.kms_key or options.billing_project) and not any(
-        url.startswith(CLOUD_STORAGE) for url in urls
-    ):
-        raise UsageError("--kms-key and --billing-project are for gs://, and nothing here is there")
     access = Access(options.billing_project, options.kms_key)
-    places = []
-    for name, place in (("OUTPUT", options.source), ("--output", options.output)):
-        if not place:
-            raise UsageError(f"{name} is empty; is a shell variable unset?")
-        try:
-            places.append(open_output(place, access))
-        except (ImportError, ValueError) as error:
-            raise UsageError(f"{name} {place!r} cannot be used: {error}") from error
-    source, output = places
-    if _place(source) == _place(output):
+    source, output = open_both(
+        options.source, options.output, "--output", (options.thresholds or "",), access
+    )
+    if whereabouts(source) == whereabouts(output):
         raise UsageError(
             f"--output {options.output!r} is OUTPUT itself: tags are not replaced in place, because a "
             "reader would find old and new ones in one table; give a new folder"
@@ -203,7 +192,7 @@ def prepare(options: RetagOptions) -> RetagJob:
     rows = RowOptions(thresholds, options.top_k, score_type=made["scoring"]["score_type"])
     run = describe_retagging(made, options, source.uri, labels, thresholds)
 
-    shards = ledger.finished_shards(source)
+    shards = finished_shards(source)
     if not shards:
         raise UsageError(
             f"{source.uri}/{CLIPS_FOLDER} holds no finished shard: there is nothing to retag"
@@ -221,7 +210,7 @@ def prepare(options: RetagOptions) -> RetagJob:
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"--output {options.output!r} cannot be written: {reason}") from error
-    todo = sorted(shards - ledger.finished_shards(output))
+    todo = sorted(shards - finished_shards(output))
     return RetagJob(
         source, output, made["fingerprint"], claimed, labels, rows, todo, len(shards) - len(todo), notes
     )  # fmt: skip
@@ -246,7 +235,7 @@ def execute(
     from pipeline.at_once import few_at_once
     from transforms.retag import RetagError, retag_file
     from transforms.storage import is_local
-    from transforms.write import CLIPS_FOLDER, ShardSummary, check_claim
+    from transforms.write import CLIPS_FOLDER, ShardSummary, check_claim, finished_shards
 
     started = time.monotonic()
     remote = not (is_local(job.source.uri) and is_local(job.output.uri))
@@ -275,7 +264,7 @@ def execute(
             before.add(done[0])
             after.add(done[1])
     wall_s = time.monotonic() - started
-    published = ledger.finished_shards(job.output)
+    published = finished_shards(job.output)
     # No clip was scored by this run: how fast it was says nothing about a student's speed, so
     # that summary.json has none of its clips in `clips_this_run` and `clips_per_s`.
     total, _ = ledger.sum_up(job.output, published, published, wall_s, {})
@@ -369,7 +358,3 @@ def _refuse_other_source(claimed: dict[str, Any], made: dict[str, Any], place: s
             f"{place} says that the rows there were {was}, not from this run of OUTPUT: choose another "
             "--output, or start anew with --overwrite"
         )
-
-
-def _place(output: Output) -> str:
-    return str(Path(output.uri).resolve()) if "://" not in output.uri else output.uri

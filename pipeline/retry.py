@@ -91,7 +91,7 @@ def _retry(
     from transforms.output import open_output
     from transforms.retry import Retry
     from transforms.storage import Access
-    from transforms.write import ShardSummary
+    from transforms.write import ShardSummary, finished_shards
 
     retry = Retry(stages, types)
     try:
@@ -103,7 +103,7 @@ def _retry(
     thresholds = recorded_rows(made, recorded_labels(place, made), output).thresholds
     total = ShardSummary()
     failed: dict[str, int] = {}
-    for shard_id, footer in ledger.footers(place, sorted(ledger.finished_shards(place))):
+    for shard_id, footer in ledger.footers(place, sorted(finished_shards(place))):
         if isinstance(footer, ValueError):
             raise footer
         total.add(footer.summary)

@@ -10,13 +10,13 @@ import json
 import math
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline.options import UsageError
+from pipeline.terminal import visible
 from transforms.records import as_text
 
 FORMATS = ("table", "csv", "jsonl", "parquet")
@@ -163,16 +163,8 @@ def cell(value: Any) -> str:
 
 
 def safe(text: str) -> str:
-    """`text` without what a terminal would obey or turn around: such characters become \\xNN, \\uNNNN."""
-    text = as_text(text[:_WIDEST])
-    if text.isprintable():
-        return text
-    return "".join(
-        c
-        if c.isprintable() and unicodedata.category(c) != "Cf"
-        else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    """`visible` text, of bounded length."""
+    return visible(as_text(text[:_WIDEST]))
 
 
 def write_csv(names: Sequence[str], rows: Iterable[tuple[Any, ...]], stream: IO[str]) -> int:

@@ -53,7 +53,7 @@ from transforms.records import Shard, as_text
 from transforms.retry import Retry
 from transforms.shards import unpack_shards
 from transforms.storage import CLOUD_STORAGE, Access, is_local, public_url
-from transforms.write import CLIPS_FOLDER, RowOptions, ShardSummary
+from transforms.write import CLIPS_FOLDER, RowOptions, ShardSummary, finished_shards
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ def prepare(options: AnnotateOptions, redo: Redo | None = None) -> Job:
             finished: set[str] = set()
         else:
             ledger.claim(output, options.output, run, only_look=True, **advice)
-            finished = ledger.finished_shards(output)
+            finished = finished_shards(output)
         if redo is not None:
             planned = plan_inputs(inputs, options, access, set(), meter, redo.shards)
         else:
@@ -354,7 +354,7 @@ def execute(
     profile = profile_of(metrics, wall_s)
     if isinstance(job.output, LocalOutput):
         _remove_abandoned(job.output)
-    published = ledger.finished_shards(job.output)
+    published = finished_shards(job.output)
     # How fast failed rows are done again says nothing about a student's speed.
     before = published if job.redo is not None else job.finished - job.replaced
     stated = job.output.read(ESTIMATE_FILE)

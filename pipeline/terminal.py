@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -20,22 +19,30 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
-def printable(text: str) -> str:
-    """`text` with what a terminal would obey, and what hides or turns text, written as `\\xNN`.
+# Control and format characters, lone surrogates, line and paragraph separators; but for the joiners
+# of which emoji and some scripts are made.
+_OBEYED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+_JOINERS = "\u200c\u200d"
+
+
+def visible(text: str) -> str:
+    """A name from data as it may be shown: what moves a cursor, hides or turns text becomes \\xNN, \\uNNNN.
 
     Names of clips and files are anybody's: an escape sequence in one must not reach a terminal.
-    Line ends stay.
     """
+    if text.isprintable():
+        return text
     return "".join(
-        character
-        if character == "\n" or unicodedata.category(character) not in _UNPRINTABLE
-        else character.encode("unicode_escape").decode()
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _OBEYED and character not in _JOINERS
+        else character
         for character in text
     )
 
 
-# Control and format characters, lone surrogates, line and paragraph separators.
-_UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+def printable(text: str) -> str:
+    """`visible`, line by line: for text of several."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 @contextlib.contextmanager
@@ -71,17 +78,6 @@ def errors_said(
             err=True,
         )
         sys.exit(EXIT_FAILURES)
-
-
-# Controls, line and paragraph separators, lone surrogates, and what turns the direction of writing.
-_UNSEEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
-
-
-def visible(text: str) -> str:
-    """A name from data as it may be shown: what moves a cursor or turns text becomes \\xNN, \\uNNNN."""
-    return _UNSEEN.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

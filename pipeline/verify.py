@@ -208,7 +208,7 @@ def verify_output(
     from transforms.output import open_output
     from transforms.storage import Access, is_local
     from transforms.verify import Problem, check_file
-    from transforms.write import CLIPS_FOLDER
+    from transforms.write import CLIPS_FOLDER, finished_shards
 
     access = Access(billing_project)
     try:
@@ -222,7 +222,7 @@ def verify_output(
     if ledger.digest(made["scoring"]) != made["fingerprint"]:
         found.add(Problem("run", "run.json: its fingerprint is not that of its scoring"))
 
-    finished = sorted(ledger.finished_shards(place))
+    finished = sorted(finished_shards(place))
     found.shards = len(finished)
     compacted = made.get(ledger.COMPACTED_KEY)
     planned, alone = Todo(), finished

@@ -22,7 +22,7 @@ from pipeline.options import UsageError
 from student.labels import audioset_ontology
 from transforms.output import LocalOutput, Output, open_output
 from transforms.storage import DEFAULT_ACCESS, Access
-from transforms.write import CLIPS_FOLDER, RUN_FILE
+from transforms.write import CLIPS_FOLDER, RUN_FILE, finished_shards
 
 _LABELS_FILE = "labels.parquet"
 _SCHEME = "earmark"
@@ -233,9 +233,7 @@ def open_views(name: str, access: Access = DEFAULT_ACCESS) -> Iterator[Views]:
         OSError: it cannot be read.
     """
     output, run = _opened(name, access)
-    shards = sorted(
-        file for file in output.names(CLIPS_FOLDER) if file.endswith(".parquet") and file[0] != "."
-    )
+    shards = sorted(f"{shard_id}.parquet" for shard_id in finished_shards(output))
     with tempfile.TemporaryDirectory(prefix="earmark-query-") as spill:
         connection = duckdb.connect(
             config={

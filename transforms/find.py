@@ -16,12 +16,11 @@ from collections.abc import Collection, Iterator
 from contextlib import closing
 from typing import Any, BinaryIO, cast
 
-import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from transforms.opening import open_shard, spool
 from transforms.read import read_clips
-from transforms.read_table import open_parquet, parquet_audio_column
+from transforms.read_table import open_parquet, parquet_audio_column, parquet_members
 from transforms.records import EncodedClip, Shard, as_text
 from transforms.shards import find_shards
 from transforms.storage import (
@@ -198,31 +197,12 @@ def _in_parquet(
         column = parquet_audio_column(parquet)
         if column is None:  # it names files
             return (yield from _loose(audio_root or posixpath.dirname(shard.uri), wanted, access))
-        kind = parquet.schema_arrow.field(column).type
-        if not pa.types.is_struct(kind):
-            groups = list(range(parquet.num_row_groups))
-        else:
-            has_path = kind.get_field_index("path") >= 0
-            row = 0
-            for group in range(parquet.num_row_groups):
-                rows = parquet.metadata.row_group(group).num_rows
-                paths: list[Any] = [None] * rows
-                if has_path:
-                    paths = (
-                        parquet.read_row_group(
-                            group, columns=[f"{column}.path"], use_threads=False
-                        )[column]
-                        .combine_chunks()
-                        .field("path")
-                        .to_pylist()
-                    )
-                names = (
-                    as_text(str(path)) if path else f"row-{row + at:08d}"
-                    for at, path in enumerate(paths)
-                )
-                if not wanted.isdisjoint(names):
-                    groups.append(group)
-                row += rows
+        row = 0
+        for group in range(parquet.num_row_groups):
+            members = parquet_members(parquet, column, group, row)
+            if members is None or not wanted.isdisjoint(members):
+                groups.append(group)
+            row += parquet.metadata.row_group(group).num_rows
     for group in groups:
         part = dataclasses.replace(shard, row_groups=(group, group + 1))
         for clip in read_clips(part, access):

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from transforms.read_table import is_text
 from transforms.records import ClipError, ManifestSlice, as_text, unique
 from transforms.storage import is_local, is_signed, shown_url, unsigned_url
 
@@ -185,7 +186,7 @@ def recognise_parquet(schema: pa.Schema, options: ManifestOptions) -> Manifest:
     Raises:
         ManifestError: no column of text names the audio, or several do.
     """
-    texts = [field.name for field in schema if _is_text(field.type)]
+    texts = [field.name for field in schema if is_text(field.type)]
     if not _paths_among(texts, options):
         raise ManifestError(_no_path([f"{field.name}: {field.type}" for field in schema], options))
     path = _roles_of(texts, options).path
@@ -269,12 +270,6 @@ def _is_scp(lines: Sequence[str]) -> bool:
     return all(
         re.fullmatch(r"\S+[ \t]+\S.*(\||\.[A-Za-z][A-Za-z0-9]{1,4})\s*", line) for line in lines
     )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _columns_said(options: ManifestOptions) -> tuple[str | None, ...]:

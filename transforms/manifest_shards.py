@@ -15,6 +15,7 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from transforms.audio_bytes import is_audio_bytes
 from transforms.listing import InputError, below, file_system_of, matches, stored_file, uri_of
 from transforms.manifest import (
     MANIFEST_SUFFIXES,
@@ -54,8 +55,6 @@ from transforms.suffixes import is_audio
 
 _NO_AUDIO = (b"PK\3\4", b"%PDF", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"7z\xbc\xaf", b"Rar!",
              b"\x89HDF", b"\x93NUMPY", b"\x7fELF", b"SQLite", b"BZh", b"\xfd7zXZ")  # fmt: skip
-_AUDIO = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd", b"caff",
-          b"#!AMR", b"ADIF", b"MAC ", b"wvPK", b"TTA", b"MPCK", b"MP+", b"DSD ")  # fmt: skip
 _LOOKED_AT_BYTES = 64 << 10
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -80,7 +79,9 @@ def look_for_manifest(
     name = _manifest_name(file.path)
     with open_file(uri, file, access) as stream:
         start = stream.read(_LOOKED_AT_BYTES)
-    if start.startswith(_AUDIO):
+    is_meant = is_manifest_name(file.path)
+    # The mark of UTF-16 is also how MPEG audio may begin.
+    if is_audio_bytes(start) and not (is_meant and start.startswith(_UTF16)):
         return None
     packed = start.startswith(b"\x1f\x8b")
     if packed:
@@ -88,7 +89,6 @@ def look_for_manifest(
             start = zlib.decompressobj(31).decompress(start, _LOOKED_AT_BYTES)
         except zlib.error as error:
             raise InputError(f"{public_url(uri)!r} is a damaged gzip file: {error}") from error
-    is_meant = is_manifest_name(file.path)
     is_text = _is_text(start, is_meant) or (is_meant and start.startswith(_UTF16))
     if not is_text or not (start or is_meant):
         if packed or is_meant or start.startswith(_NO_AUDIO):

@@ -90,7 +90,7 @@ def _named_as_audio(names: list[str]) -> str | None:
 def _holds_audio(kind: pa.DataType) -> bool:
     """Whether a column that is called Audio has a type that it can have."""
     return (
-        _is_text(kind) or _is_bytes(kind) or _is_encoded(kind) or _is_array(kind) or _is_path(kind)
+        is_text(kind) or _is_bytes(kind) or _is_encoded(kind) or _is_array(kind) or _is_path(kind)
     )
 
 
@@ -100,7 +100,8 @@ def _is_bytes(kind: pa.DataType) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text."""
     if types.is_dictionary(kind):
         kind = kind.value_type
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
@@ -128,7 +129,7 @@ def _is_array(kind: pa.DataType) -> bool:
 
 def _is_path(kind: pa.DataType) -> bool:
     path, content = _member(kind, "path"), _member(kind, "bytes")
-    return path is not None and _is_text(path) and (content is None or types.is_null(content))
+    return path is not None and is_text(path) and (content is None or types.is_null(content))
 
 
 def is_damage(error: Exception) -> bool:
@@ -151,6 +152,33 @@ def parquet_audio_column(parquet: pq.ParquetFile) -> str | None:
         return []
 
     return audio_column(parquet.schema_arrow, peek)
+
+
+def parquet_members(
+    parquet: pq.ParquetFile, column: str, row_group: int, first_row: int
+) -> list[str] | None:
+    """What the clips of a row group are called, without their audio.
+
+    Args:
+        parquet: the file.
+        column: of `parquet_audio_column`.
+        row_group: its number.
+        first_row: of the row group in the file.
+
+    Returns:
+        None where the names are not known without the audio.
+    """
+    kind = parquet.schema_arrow.field(column).type
+    if not types.is_struct(kind):
+        return None
+    paths: list[Any] = [None] * parquet.metadata.row_group(row_group).num_rows
+    if kind.get_field_index("path") >= 0:
+        table = parquet.read_row_group(row_group, columns=[f"{column}.path"], use_threads=False)
+        paths = [cell and cell["path"] for cell in table[column].to_pylist()]
+    return [
+        as_text(str(path)) if path else f"row-{first_row + place:08d}"
+        for place, path in enumerate(paths)
+    ]
 
 
 def open_parquet(stream: BinaryIO) -> pq.ParquetFile:
@@ -288,7 +316,7 @@ def _clip(
         if types.is_struct(cell.type):
             content = cell["bytes"].as_py() if _is_encoded(cell.type) else None
             path = _value(cell["path"]) if "path" in cell else None
-        elif _is_text(cell.type):
+        elif is_text(cell.type):
             path = _value(cell)
         else:
             content = cell.as_py()

@@ -55,7 +55,7 @@ def read_zip(stream: BinaryIO, is_audio: Callable[[str], bool], spool: Spool) ->
             member = as_text(info.filename)
             try:
                 if info.flag_bits & _ENCRYPTED:
-                    raise NotImplementedError("it is encrypted")
+                    raise zipfile.BadZipFile("it is encrypted")
                 with archive.open(info) as packed:
                     audio, digest, size = spool(cast(BinaryIO, packed))
             except _MEMBER_ERRORS as error:

@@ -15,7 +15,7 @@ from transforms.manifest import rows_of
 from transforms.opening import open_shard
 from transforms.read import read_clips
 from transforms.read_manifest import slice_of
-from transforms.read_table import is_damage, open_parquet, parquet_audio_column
+from transforms.read_table import is_damage, open_parquet, parquet_audio_column, parquet_members
 from transforms.read_tar import StrictTarInfo
 from transforms.records import (
     EncodedClip,
@@ -89,19 +89,17 @@ def _parquet_names(stream: BinaryIO, row_groups: tuple[int, int] | None) -> list
     try:
         parquet = open_parquet(stream)
         column = parquet_audio_column(parquet)
-        kind = column and parquet.schema_arrow.field(column).type
-        if not kind or not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
+        if column is None:
             return None
         first, end = row_groups or (0, parquet.num_row_groups)
         row = sum(parquet.metadata.row_group(group).num_rows for group in range(first))
-        names = []
-        for batch in parquet.iter_batches(
-            row_groups=list(range(first, end)), columns=[f"{column}.path"], use_threads=False
-        ):
-            for cell in batch.column(column).to_pylist():
-                path = cell["path"] if cell else None
-                names.append(as_text(str(path)) if path else f"row-{row:08d}")
-                row += 1
+        names: list[str] = []
+        for group in range(first, end):
+            members = parquet_members(parquet, column, group, row)
+            if members is None:
+                return None
+            names += members
+            row += len(members)
         return names
     except (pa.ArrowException, OSError) as error:
         if not is_damage(error):

@@ -333,6 +333,12 @@ def count_row(summary: ShardSummary, row: Mapping[str, Any]) -> None:
     summary.tags.update(tag["name"] for tag in row["tags"] or ())
 
 
+def finished_shards(output: Output) -> set[str]:
+    """The ids of the shards that have a file."""
+    names = output.names(CLIPS_FOLDER)
+    return {n.removesuffix(".parquet") for n in names if n.endswith(".parquet") and n[0] != "."}
+
+
 def check_claim(output: Output, run: str) -> None:
     """Makes sure that `output` is still the one that this run began, or goes on with.
 
