@@ -109,8 +109,9 @@ class Workers:
     count: int
     device: str
     dtype: str
-    processes: int = 1  # on one machine, each with a device of its own
+    processes: int = 1  # on one machine
     decode_processes: int = 0  # of each worker thread
+    devices: int = 1  # of one machine, which its processes share out among themselves
 
 
 class JobRefused(RuntimeError):

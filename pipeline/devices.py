@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,18 +13,27 @@ import torch
 from pipeline import dataflow
 from pipeline.options import AnnotateOptions, UsageError
 from student.engine import choose_kernel
-from student.model import choose_device, choose_dtype, devices_of
+from student.model import choose_device, choose_dtype
 
 # Of each worker thread. Never 0 unasked: a decoder is compiled code that meets files of anybody's
 # making, and one that crashes is to cost a clip and not a worker.
 DECODE_PROCESSES = 1
+_MOST_A_GPU = 4  # processes that share one
+_CORES_A_PROCESS = 4  # one hands over what three decode
+_BYTES_A_PROCESS = 8 << 30  # a GPU's memory for a student's batches, and a context
 CLUSTERS = ("portable", "flink", "spark")  # runners whose workers may be other machines
 
 
 def choose_workers_here(
-    options: AnnotateOptions, runner: str
+    options: AnnotateOptions, runner: str, by_hand: bool = False
 ) -> tuple[dataflow.Workers, list[str]]:
-    """What workers compute on that are here, or on a cluster that this machine does not see."""
+    """What workers compute on that are here, or on a cluster that this machine does not see.
+
+    Args:
+        options: of the command line.
+        runner: Beam's, in lower case.
+        by_hand: Beam was told how many processes there are.
+    """
     if runner in CLUSTERS and options.devices is not None:
         raise UsageError("--devices is for a run on this machine; a cluster has its own workers")
     if runner in CLUSTERS and options.device.startswith("cuda"):
@@ -48,15 +58,38 @@ def choose_workers_here(
             f"the workers will compute on {device}, which is what this machine has; where they have "
             "something else, say --device"
         )
-    processes = 1 if options.devices is None else processes_of(options.devices, device)
-    decoding = options.decode_processes
-    if decoding is None:
-        decoding = DECODE_PROCESSES
-        if device.type == "cuda" and runner not in CLUSTERS:
-            # A GPU scores more clips a second than one Python decodes; a CPU has no core to spare.
-            at_once = processes if options.devices else len(devices_of(str(device)))
-            decoding = max(1, len(os.sched_getaffinity(0)) // at_once - 1)
-    return dataflow.Workers(dataflow.NO_GPU, 0, str(device), dtype, processes, decoding), notes
+    devices = processes = 1 if options.devices is None else processes_of(options.devices, device)
+    if device.type == "cuda" and runner not in CLUSTERS and not by_hand:
+        processes *= processes_a_gpu(device, len(os.sched_getaffinity(0)) // devices)
+    workers = dataflow.Workers(dataflow.NO_GPU, 0, str(device), dtype, processes, devices=devices)
+    return with_shards(workers, processes, options, runner), notes
+
+
+def with_shards(
+    workers: dataflow.Workers, shards: int, options: AnnotateOptions, runner: str
+) -> dataflow.Workers:
+    """`workers` without the processes that find no shard, which would load a student for nothing."""
+    processes = max(1, min(workers.processes, shards))
+    decoding = DECODE_PROCESSES
+    if options.decode_processes is not None:
+        decoding = options.decode_processes
+    elif workers.device.startswith("cuda") and runner not in CLUSTERS:
+        # A GPU scores more clips a second than one Python decodes; a CPU has no core to spare.
+        decoding = max(1, len(os.sched_getaffinity(0)) // processes - 1)
+    return replace(workers, processes=processes, decode_processes=decoding)
+
+
+def processes_a_gpu(device: torch.device, cores: int) -> int:
+    """How many processes share a GPU, each with a student and decoders of its own.
+
+    One Python reads, hands over and writes some 1,000 clips a second, where an H200 scores 4,000.
+
+    Args:
+        device: a GPU.
+        cores: of this machine, for each GPU.
+    """
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(_MOST_A_GPU, cores // _CORES_A_PROCESS, memory // _BYTES_A_PROCESS))
 
 
 def processes_of(asked: str, device: torch.device) -> int:

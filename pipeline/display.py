@@ -42,7 +42,10 @@ def show_job(job: Job, console: Console) -> None:
     """Says what is about to happen, and to what."""
     checkpoint, workers = job.checkpoint, job.workers
     where = f"{workers.count} {workers.gpu} a worker" if workers.count else workers.device
-    if workers.processes > 1:
+    if workers.processes > 1 and where.startswith("cuda"):
+        where = f"{workers.devices} of {where}" if workers.devices > 1 else where
+        where += f", shared by {workers.processes} processes,"
+    elif workers.processes > 1:
         where = f"{workers.processes} of {where}, a process each"
     say = partial(console.print, highlight=False, soft_wrap=True)
     say(

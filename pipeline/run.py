@@ -29,7 +29,13 @@ from apache_beam.options.pipeline_options import (
 )
 
 from pipeline import __version__, dataflow, ledger
-from pipeline.devices import CLUSTERS, DECODE_PROCESSES, choose_workers_here, computed_by
+from pipeline.devices import (
+    CLUSTERS,
+    DECODE_PROCESSES,
+    choose_workers_here,
+    computed_by,
+    with_shards,
+)
 from pipeline.expected import ESTIMATE_FILE
 from pipeline.image import ImageUnknown, image_versions
 from pipeline.interrupt import workers_end_with_us
@@ -180,7 +186,9 @@ def prepare(options: AnnotateOptions, redo: Redo | None = None) -> Job:
         empty_pipeline(beam_options)
         if not remote:
             _refuse_for_local(options)
-            workers, notes = choose_workers_here(options, _runner_of(beam_options))
+            runner = _runner_of(beam_options)
+            by_hand = _processes_by_hand(beam_options) or runner not in ("fnapi", "direct")
+            workers, notes = choose_workers_here(options, runner, by_hand)
             if workers.processes > 1:
                 _with_processes(options, workers.processes)  # which may refuse
         checkpoint = _read_checkpoint(options.checkpoint, access)
@@ -236,8 +244,8 @@ def prepare(options: AnnotateOptions, redo: Redo | None = None) -> Job:
             ledger.refuse_other_divisions(output, planned_again, planned.divided, finished)
         todo, replaced, changed = _with_changed(planned, options, output)
         notes += changed
-        # A process without a shard would load a student for nothing.
-        workers = replace(workers, processes=max(1, min(workers.processes, todo.shards)))
+        if not remote:
+            workers = with_shards(workers, todo.shards, options, _runner_of(beam_options))
         if workers.processes > 1:
             beam_options = _with_processes(options, workers.processes)
         if remote and beam_options.view_as(GoogleCloudOptions).template_location is None:
@@ -535,14 +543,19 @@ def _refuse_other_student(checkpoint: str, baked: str | None, image: str) -> Non
 
 def _with_processes(options: AnnotateOptions, processes: int) -> PipelineOptions:
     """Beam's options for so many worker processes of this machine."""
-    given = _beam_options(options.beam, options.dry_run).view_as(DirectOptions)
-    if given.direct_num_workers != 1 or given.direct_running_mode != "in_memory":
+    if _processes_by_hand(_beam_options(options.beam, options.dry_run)):
         raise UsageError(
             f"--devices {options.devices} sets --direct_num_workers and --direct_running_mode: "
             "leave these out"
         )
     flags = (f"--direct_num_workers={processes}", "--direct_running_mode=multi_processing")
     return _beam_options((*options.beam, *flags), options.dry_run)
+
+
+def _processes_by_hand(options: PipelineOptions) -> bool:
+    """Whether Beam was told how many processes there are, or of which kind."""
+    given = options.view_as(DirectOptions)
+    return given.direct_num_workers != 1 or given.direct_running_mode != "in_memory"
 
 
 def _refuse_for_local(options: AnnotateOptions) -> None:
@@ -635,6 +648,7 @@ def annotation_of(job: Job, progress_folder: str | None) -> Annotation:
         device=job.workers.device,
         dtype=job.workers.dtype,
         worker_processes=job.workers.processes,
+        worker_devices=job.workers.devices,
         decode_processes=job.workers.decode_processes,
         limits=limits_of(job.options),
         pool=job.options.pool,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,11 +82,13 @@ def asked(
     return prepared
 
 
-def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def gpus(count: int, monkeypatch: pytest.MonkeyPatch, memory_gb: int = 15) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    facts = SimpleNamespace(total_memory=memory_gb << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: facts)
 
 
 def test_devices_all_is_a_process_for_each_gpu(
@@ -103,6 +106,34 @@ def test_devices_all_is_a_process_for_each_gpu(
     assert (two.processes, two.decode_processes) == (2, 31)
     assert asked().workers.processes == 1  # as ever: one process deals its threads over the GPUs
     assert asked(decode_processes=3).workers.decode_processes == 3
+
+
+def test_processes_share_a_gpu_that_is_faster_than_one_python(
+    asked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpus(1, monkeypatch, memory_gb=140)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    job = asked()
+    assert (job.workers.processes, job.workers.devices, job.workers.decode_processes) == (4, 1, 3)
+    assert job.beam_options.view_as(DirectOptions).direct_num_workers == 4
+    first = claimant(tmp_path)  # has number 0
+    assert numbers(first) == (0, 0)
+    assert _devices_here(annotation_of(job, str(tmp_path))) == ["cuda:0"]
+    first.communicate()
+    # One shard is one process's, which then has all the cores.
+    alone = asked(inputs=(str(tmp_path / "a.tar"),)).workers
+    assert (alone.processes, alone.decode_processes) == (1, 15)
+    by_hand = asked(beam=("--direct_num_workers=2", "--direct_running_mode=multi_processing"))
+    assert by_hand.workers.processes == 1  # what Beam was told holds
+    assert by_hand.beam_options.view_as(DirectOptions).direct_num_workers == 2
+    gpus(1, monkeypatch, memory_gb=22)
+    assert asked().workers.processes == 2  # students and contexts have to fit
+    gpus(2, monkeypatch, memory_gb=140)
+    both = asked(devices="all").workers
+    assert (both.processes, both.devices, both.decode_processes) == (4, 2, 3)
+    second = asked(device="cuda:1")
+    assert second.workers.processes == 4
+    assert _devices_here(annotation_of(second, str(tmp_path))) == ["cuda:1"]
 
 
 def test_no_process_is_started_without_a_shard_for_it(

@@ -84,7 +84,8 @@ class Annotation:
     progress_folder: str | None = None  # where local workers leave their counts
     pad: Pad = "zero"  # of `Student.load`
     hop_samples: int | None = None  # of `cut_chunks`
-    worker_processes: int = 1  # of one machine, each of which takes a device of its own
+    worker_processes: int = 1  # of one machine
+    worker_devices: int = 1  # which these share out among themselves
     decode_processes: int = 0  # of each worker thread; 0: it decodes in a thread beside it
     limits: Limits = DEFAULT_LIMITS  # of one clip
     refresh: bool = False  # shards whose source is another by now take the place of their file
@@ -217,15 +218,17 @@ class Students:
 
 
 def _devices_here(annotation: Annotation) -> list[str]:
-    """The devices of this process: all of the machine's, or its own where there are several
-    processes."""
+    """The devices of this process: all of the machine's, or where there are several processes its
+    own or the one that it shares."""
     processes = annotation.worker_processes
     if processes == 1:
         return devices_of(annotation.device)
     assert annotation.progress_folder is not None  # several processes are of a local run
     number = claim_number(Path(annotation.progress_folder), processes)
-    if annotation.device.startswith("cuda"):
-        return devices_of(f"cuda:{number}")
+    if annotation.device.startswith("cuda:"):
+        return devices_of(annotation.device)
+    if annotation.device == "cuda":
+        return devices_of(f"cuda:{number % annotation.worker_devices}")
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     return devices_of(annotation.device)
 

@@ -20,6 +20,8 @@ METADATA_SUFFIXES = (".json", ".txt", ".cls")
 MAX_METADATA_BYTES = 1 << 20  # a sibling file larger than this is no metadata
 
 _MAX_SAMPLE_CLIPS = 16  # clips of one key held while their metadata may still come
+# tarfile copies what is left of it at every read, and asks its file for so much at once.
+_TAR_BUFFER_BYTES = 64 << 10
 
 Clips = Iterator[EncodedClip | UnreadableClip]
 
@@ -91,7 +93,11 @@ def read_tar(stream: BinaryIO) -> Clips:
     plain = unpacked(stream)
     try:
         with tarfile.open(
-            fileobj=plain, mode="r|", tarinfo=StrictTarInfo, errors="surrogateescape"
+            fileobj=plain,
+            mode="r|",
+            bufsize=_TAR_BUFFER_BYTES,
+            tarinfo=StrictTarInfo,
+            errors="surrogateescape",
         ) as tar:
             for info in tar:
                 members += 1
