@@ -6,9 +6,10 @@
 All ways score the same clips of 10 s (16 kHz FLAC in a WebDataset tar, cut from the corpus)
 with the same checkpoint of 44,066,831 parameters, in turn, five rounds, in this process:
 
-- earmark: `annotate_shard`, which reads, decodes, scores and publishes the Parquet file, as
-  `earmark annotate` does on a worker; without the start of Python and of Beam, which is told
-  apart. Exact and reduced on a CPU, bfloat16 on a GPU.
+- earmark: on a CPU `annotate_shard`, which reads, decodes, scores and publishes the Parquet file,
+  as `earmark annotate` does on a worker; exact and reduced. On a GPU the command itself over
+  `SHARDS_ON_GPU` shards, from the first published file to the last: decoding processes and those
+  that share the GPU are what a GPU needs. The start of Python and of Beam is told apart.
 - `transformers.pipeline("audio-classification")`, fed with waveforms that were decoded before
   the clock starts, and with encoded clips that earmark's decoder decodes as they are asked for.
 - Beam's `RunInference` with `PytorchModelHandlerTensor`, after a `beam.Map` that decodes (with
@@ -34,6 +35,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 import statistics
 import sys
 import tarfile
@@ -71,6 +73,7 @@ from transforms.meter import Meter  # noqa: E402
 from transforms.progress import ProgressFile  # noqa: E402
 
 SAMPLE_RATE, CLIP_S, BATCH = 16_000, 10, 8
+SHARDS_ON_GPU = 64
 INITIALIZER_RANGE = 0.04  # queries and keys of about unit variance: attention is not flat
 # Of a real tagger's logits over 5,000 sounds: deviation of a label, of the labels' means, and the
 # median of a clip's highest score.
@@ -99,6 +102,7 @@ class Way:
     name: str
     load_s: float
     tag: Callable[[Material], tuple[float, Scores]]  # seconds a clip, and scores
+    in_this_process: bool = True
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,16 +111,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, default=ROOT.parent / "shared" / "corpus")
     parser.add_argument("--work", type=Path, help="keeps the clips and the checkpoint made")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--clips", type=int, help="default: 8, on a GPU 128")
-    parser.add_argument("--times", type=int, help="each clip for earmark; default: 1, on a GPU 32")
+    parser.add_argument("--clips", type=int, help="default: 8, on a GPU 64")
+    parser.add_argument(
+        "--times", type=int, help="each clip in a shard of earmark's; default: 1, on a GPU 4"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", help="those whose name begins so; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="append to RESULTS.md")
     args = parser.parse_args(argv)
     on_gpu = choose_device(args.device).type == "cuda"
-    clips = args.clips or (128 if on_gpu else 8)
-    times = args.times or (32 if on_gpu else 1)
+    clips = args.clips or (64 if on_gpu else 8)
+    times = args.times or (4 if on_gpu else 1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # Two of AST's 128 mel filters are narrower than a bin of the spectrum, in every one of the ways.
@@ -144,7 +150,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.ways is None or way.name.startswith(tuple(args.ways)):
                 ways.append(way)
                 say(f"{way.name}: loaded in {way.load_s:.1f} s")
-                way.tag(first)
+                if way.in_this_process:
+                    way.tag(first)
         seconds: dict[str, list[float]] = {way.name: [] for way in ways}
         scores: dict[str, Scores] = {}
         for number in range(args.rounds):
@@ -153,7 +160,11 @@ def main(argv: list[str] | None = None) -> None:
                 one, scores[way.name] = way.tag(material)
                 seconds[way.name].append(one)
                 say(f"round {number + 1}, {way.name}: {1_000 * one:.1f} ms a clip")
-        around_s = beside_the_clips(checkpoint, ways, material, args.device, outputs)
+        around_s = None
+        if not on_gpu:
+            around_s = beside_the_clips(checkpoint, ways, material, args.device, outputs)
+        elif _command_beside_s:
+            around_s = round(statistics.median(_command_beside_s), 2)
 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     peers = [name for name in medians if not name.startswith("earmark")]
@@ -289,6 +300,9 @@ def all_ways(
 ) -> Iterator[Way]:
     for dtype in ["bfloat16"] if on_gpu else ["float32", "reduced"]:
         try:
+            if on_gpu:
+                yield earmark_command(checkpoint, device, dtype, outputs)
+                continue
             yield earmark(checkpoint, device, dtype, outputs)
         except DeviceError as error:
             skipped.append(f"earmark {dtype}: {error}")
@@ -322,6 +336,31 @@ def earmark(checkpoint: Path, device: str, dtype: str, outputs: Path) -> Way:
         return seconds / len(rows), scores[:clips]
 
     return Way(f"earmark {dtype}", load_s, tag)
+
+
+_command_beside_s: list[float] = []  # of each run, what was not between the files
+
+
+def earmark_command(checkpoint: Path, device: str, dtype: str, outputs: Path) -> Way:
+    from bench.throughput import annotated
+
+    runs = itertools.count()
+
+    def tag(material: Material) -> tuple[float, Scores]:
+        shards, output = outputs / "shards", outputs / f"{dtype}-{next(runs)}"
+        if not shards.exists():
+            shards.mkdir()
+            for number in range(SHARDS_ON_GPU):
+                shutil.copy(material.many, shards / f"clips-{number:04d}.tar")
+        run = annotated(shards, output, checkpoint, device, dtype=dtype)
+        _command_beside_s.append(run["process_s"] - run["clips"] / run["clips_s"])
+        file = min((output / "clips").glob("*.parquet"))
+        rows = pq.read_table(file, columns=["member", "scores"]).to_pylist()
+        rows.sort(key=lambda row: row["member"])
+        scores = np.array([row["scores"] for row in rows], np.float32)
+        return 1 / run["clips_s"], scores[: len(material.waveforms)]
+
+    return Way(f"earmark {dtype}", 0.0, tag, in_this_process=False)
 
 
 def options_of(

@@ -46,7 +46,7 @@ if __name__ == "__main__":  # this folder is first in the path, the checkout is 
 from bench.record import append_results, machine, table  # noqa: E402
 from student.engine import Engine, choose_kernel  # noqa: E402
 from student.feature_spec import FRAME_SAMPLES, HOP_SAMPLES  # noqa: E402
-from student.features import FFT_SAMPLES, LogMel  # noqa: E402
+from student.features import FFT_SAMPLES  # noqa: E402
 from student.model import (  # noqa: E402
     DeviceError,
     Student,
@@ -303,7 +303,7 @@ def parts_of(student: Student, config: ASTConfig) -> dict[str, Call]:
     waves = random.normal(0, 0.1, (clips, samples)).astype(np.float32)
     on_device = torch.from_numpy(waves).to(student.device)
     lengths = torch.full((clips,), samples, device=student.device)
-    log_mel = LogMel(student.features).to(student.device)
+    log_mel = student._log_mel
     # OpenVINO gives no times of its parts: there they are those of torch with oneDNN.
     with_openvino = student.kernel == "openvino"
     kernel = choose_kernel(student.device, student.dtype, has_openvino=False)
@@ -313,11 +313,11 @@ def parts_of(student: Student, config: ASTConfig) -> dict[str, Call]:
     features = log_mel(on_device, lengths)
     first = engine._layers[0]
     hidden = torch.randn((clips, tokens_of(config), config.hidden_size), device=student.device)
-    stream, inside = hidden.to(engine._stream), hidden.to(engine._dtype)
+    inside = hidden.to(engine._dtype)
     many = np.tile(waves, (student.under_way * 2, 1)) if student.under_way > 1 else waves
     return {
         "features": lambda: log_mel(on_device, lengths),
-        "layer": lambda: engine._one_layer(first, stream),
+        "layer": lambda: engine._one_layer(first, hidden, inside),
         "mlp": lambda: first.narrow(first.widen(inside)),
         "model": lambda: model(features),
         "whole": lambda: student.score(many),

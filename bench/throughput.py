@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--different", type=int, default=32, help="clips, that are there again and again"
     )
-    parser.add_argument("--clips-per-shard", type=int, default=256)
-    parser.add_argument("--shards", type=int, default=160)
+    parser.add_argument("--clips-per-shard", type=int, default=1_024)
+    parser.add_argument("--shards", type=int, default=32)
     parser.add_argument(
         "--processes",
         type=int,
@@ -138,7 +138,12 @@ def scored(checkpoint: str, device: str, file: str) -> None:
 
 
 def annotated(
-    shards: Path, output: Path, checkpoint: Path, device: str, most: int
+    shards: Path,
+    output: Path,
+    checkpoint: Path,
+    device: str,
+    most: int = 0,
+    dtype: str = "auto",
 ) -> dict[str, Any]:
     """The command's rate between its first file and its last, and its whole time."""
     command = [
@@ -151,7 +156,7 @@ def annotated(
         "--output",
         str(output),
     ]
-    command += ["--checkpoint", str(checkpoint), "--device", device, "--profile"]
+    command += ["--checkpoint", str(checkpoint), "--device", device, "--dtype", dtype, "--profile"]
     started = time.monotonic()
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},

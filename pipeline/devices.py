@@ -75,7 +75,9 @@ def with_shards(
         decoding = options.decode_processes
     elif workers.device.startswith("cuda") and runner not in CLUSTERS:
         # A GPU scores more clips a second than one Python decodes; a CPU has no core to spare.
-        decoding = max(1, len(os.sched_getaffinity(0)) // processes - 1)
+        # The one process of a GPU keeps a core busy, several have theirs half idle.
+        decoding = len(os.sched_getaffinity(0)) // processes
+        decoding = max(1, decoding - (processes <= workers.devices))
     return replace(workers, processes=processes, decode_processes=decoding)
 
 

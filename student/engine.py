@@ -1,11 +1,13 @@
 """AST's forward pass, arranged for speed: the same numbers as transformers', sooner.
 
-Three things differ from `ASTForAudioClassification`, none of them in what is computed:
+Four things differ from `ASTForAudioClassification`, none of them in what is computed:
 
 - Of the last layer only what its first two tokens need is computed: AST classifies their
   mean, and all the other tokens of the last layer are thrown away. That is a seventh of a
   six-layer student's work.
-- Query, key and value are one matrix product, and GELU is part of the one before it.
+- Query, key and value are one matrix product, and GELU is part of the one before it; on a GPU
+  in 16 bits it is GELU's tanh formula, which differs by less than they round.
+- Patches are one matrix product, not a convolution.
 - On a CPU the weights are laid out once as oneDNN wants them. torch's own float32 product
   is MKL's, which uses half of an AMD processor.
 """
@@ -21,13 +23,22 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.nn.functional as F
 
-from student.weights import Activation, Affine, Network, NetworkLayer, network_of
+from student.weights import (
+    Activation,
+    Affine,
+    Network,
+    NetworkLayer,
+    gelu_tanh,
+    network_of,
+)
 
 if TYPE_CHECKING:
     from transformers import ASTForAudioClassification
 
 Kernel = Literal["torch", "onednn", "openvino"]
 Step = Callable[[torch.Tensor], torch.Tensor]
+# Gets the residual stream and what is to be added to it; gives the sum and its norm.
+AddNorm = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 _GELU_LOWEST = -0.17  # GELU's minimum is -0.16997, at -0.7518
 _SMALLEST = 1e-12  # a scale for tokens and weights that are all zero
 _READ_BY_HEAD = 2  # tokens: the class token and the distillation token
@@ -36,11 +47,11 @@ _OPENVINO_LEAST_WIDTH = 512  # narrower students take less time for a clip than 
 
 @dataclass(frozen=True)
 class _Layer:
-    before: Step  # the norm
+    before: AddNorm
     query: Step | None  # of the last layer, which asks for two tokens alone
     project: Step  # query, key and value; in the last layer key and value
     join: Step  # the heads' outputs
-    after: Step  # the norm
+    after: AddNorm
     widen: Step  # with the activation
     narrow: Step
 
@@ -51,7 +62,8 @@ class Engine:
     Args:
         model: float32; what it needs of it is copied.
         device: where it computes.
-        dtype: of the matrix products. On a CPU the sums between the layers stay float32.
+        dtype: of the matrix products. The sums between the layers stay float32: rounded, they
+            would double the scores' difference to float32's.
         kernel: who multiplies matrices on a CPU, of `choose_kernel`; of `openvino` see
             `student.openvino`.
     """
@@ -64,17 +76,16 @@ class Engine:
         kernel: Literal["torch", "onednn"],
     ) -> None:
         on_cpu = device.type == "cpu"
-        self._stream = torch.float32 if on_cpu else dtype
         # What the layers' inputs are made; whole numbers are made of them where they are multiplied.
         self._dtype = torch.float32 if dtype is torch.int8 else dtype
         self._whole = dtype is torch.int8
         self._kernel = kernel
         self._device = device
+        self._rounds = not on_cpu and dtype in (torch.bfloat16, torch.float16)
         network = model if isinstance(model, Network) else network_of(model)
         self._heads, self._tokens = network.heads, network.tokens
-        self._first = [self._placed(network.class_token), self._placed(network.distillation_token)]
-        self._positions = self._placed(network.positions)
-        self._patches = self._patches_of(network)
+        self._tokens_of = self._tokens_from(network)
+        self._positions = self._positions_of(network)
         self._layers = [
             self._arranged(layer, network.norm_eps, last=layer is network.layers[-1])
             for layer in network.layers
@@ -103,18 +114,19 @@ class Engine:
         )
 
     def _forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        patches = self._patches(features.to(self._stream))
-        first = [token.expand(len(features), -1, -1) for token in self._first]
-        hidden = torch.cat([*first, patches], dim=1) + self._positions
+        hidden, added = self._positions, self._tokens_of(features)
         for layer in self._layers:
-            hidden = self._one_layer(layer, hidden)
-        normal = self._norm(hidden)
+            hidden, added = self._one_layer(layer, hidden, added)
+        normal = self._norm(hidden + added)
         pooled = (normal[:, 0] + normal[:, 1]) / 2
         return self._head(self._head_norm(pooled)).float(), pooled.float()
 
-    def _one_layer(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
+    def _one_layer(
+        self, layer: _Layer, hidden: torch.Tensor, added: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream before the layer's last sum, and what is added there."""
+        hidden, normal = layer.before(hidden, added)
         count, _, width = hidden.shape
-        normal = layer.before(hidden).to(self._dtype)
         parts = layer.project(normal)
         if layer.query is not None:
             asking = layer.query(normal[:, :_READ_BY_HEAD])
@@ -126,12 +138,13 @@ class Engine:
             for part in (asking, parts[..., :width], parts[..., width:])
         )
         heard = F.scaled_dot_product_attention(query, key, value)
-        hidden = hidden + layer.join(heard.transpose(1, 2).reshape(count, -1, width))
-        return hidden + layer.narrow(layer.widen(layer.after(hidden).to(self._dtype)))
+        joined = layer.join(heard.transpose(1, 2).reshape(count, -1, width))
+        hidden, normal = layer.after(hidden, joined)
+        return hidden, layer.narrow(layer.widen(normal))
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the device: what was read from a file may be a view of the file."""
-        return tensor.to(self._device, self._stream, copy=True)
+        return tensor.to(self._device, torch.float32, copy=True)
 
     def _joined(
         self, parts: list[Affine], dtype: torch.dtype
@@ -141,22 +154,59 @@ class Engine:
         biases = [part.bias for part in parts if part.bias is not None]
         return weight, torch.cat(biases).to(self._device, dtype) if biases else None
 
-    def _patches_of(self, network: Network) -> Step:
-        """Features [n, frames, mel bins] to patches [n, tokens - 2, hidden], bins by bins."""
-        (weight, bias), stride = self._joined([network.patches], self._stream), network.stride
+    def _tokens_from(self, network: Network) -> Step:
+        """Features [n, frames, mel bins] to tokens [n, tokens, hidden], without `_positions_of`.
 
-        def cut(features: torch.Tensor) -> torch.Tensor:
-            spectrum = features.unsqueeze(1).transpose(2, 3)
-            return F.conv2d(spectrum, weight, bias, stride).flatten(2).transpose(1, 2)
+        The convolution as one matrix product of the patches; the first two tokens have empty
+        ones. A GPU's convolution, with what it takes to lay out the rest, takes ten times as
+        long.
+        """
+        dtype = self._dtype if self._rounds else torch.float32
+        weight = network.patches.weight.to(self._device, dtype, copy=True)
+        patch, (bins_on, frames_on) = weight.shape[-1], network.stride
+        weight = weight.transpose(2, 3).flatten(1)  # [hidden, frames x bins of a patch]
 
-        return cut
+        def tokens(features: torch.Tensor) -> torch.Tensor:
+            cut = features.unfold(1, patch, frames_on).unfold(2, patch, bins_on).transpose(1, 2)
+            patches = weight.new_zeros((len(features), self._tokens, patch * patch))
+            patches[:, _READ_BY_HEAD:].view(cut.shape).copy_(cut)  # bins by bins, as AST has them
+            return F.linear(patches, weight)
+
+        return tokens
+
+    def _positions_of(self, network: Network) -> torch.Tensor:
+        """What is the same in all clips: float32 [1, tokens, hidden]."""
+        positions = self._placed(network.positions)
+        positions[:, :1] += self._placed(network.class_token)
+        positions[:, 1:_READ_BY_HEAD] += self._placed(network.distillation_token)
+        if network.patches.bias is not None:
+            positions[:, _READ_BY_HEAD:] += self._placed(network.patches.bias)
+        return positions
 
     def _norm_of(self, norm: Affine, eps: float) -> Step:
-        weight, bias = self._joined([norm], self._stream)
+        weight, bias = self._joined([norm], torch.float32)
         return lambda inputs: F.layer_norm(inputs, weight.shape, weight, bias, eps)
 
+    def _add_norm_of(self, norm: Affine, eps: float) -> AddNorm:
+        weight, bias = self._joined([norm], torch.float32)
+
+        def in_turn(hidden: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden = hidden + added
+            normal = F.layer_norm(hidden, weight.shape, weight, bias, eps)
+            return hidden, normal.to(self._dtype)
+
+        if not self._rounds or bias is None or importlib.util.find_spec("triton") is None:
+            return in_turn
+        from student.add_norm import add_norm
+
+        def at_once(hidden: torch.Tensor, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            # In the last layer they are a part.
+            return add_norm(hidden.contiguous(), added.contiguous(), weight, bias, eps)
+
+        return at_once
+
     def _product_of(self, product: Affine) -> Step:
-        weight, bias = self._joined([product], self._stream)
+        weight, bias = self._joined([product], torch.float32)
         return lambda inputs: F.linear(inputs, weight, bias)
 
     def _arranged(self, layer: NetworkLayer, eps: float, last: bool) -> _Layer:
@@ -165,14 +215,14 @@ class Engine:
             of_one_input.insert(0, layer.query)
         activation = layer.activation
         if isinstance(activation, torch.nn.Module):  # some have weights of their own
-            activation = copy.deepcopy(activation).to(self._device, self._stream)
+            activation = copy.deepcopy(activation).to(self._device, self._dtype)
             activation.eval().requires_grad_(False)
         return _Layer(
-            before=self._norm_of(layer.before, eps),
+            before=self._add_norm_of(layer.before, eps),
             query=self._linear([layer.query], few=True) if last else None,
             project=self._linear(of_one_input),
             join=self._linear([layer.join], few=last),
-            after=self._norm_of(layer.after, eps),
+            after=self._add_norm_of(layer.after, eps),
             widen=self._linear([layer.widen], activation=activation, few=last),
             narrow=self._linear([layer.narrow], few=last, after_gelu=activation is F.gelu),
         )
@@ -194,6 +244,8 @@ class Engine:
         if few or self._kernel == "torch":
             if activation is None:
                 return lambda inputs: F.linear(inputs, weight, bias)
+            if self._rounds and activation in (F.gelu, gelu_tanh) and bias is not None:
+                return _with_gelu(weight, bias)
             return lambda inputs: activation(F.linear(inputs, weight, bias))
         if self._whole:
             return _in_whole_numbers(weight, bias, activation, self._tokens, after_gelu)
@@ -210,6 +262,21 @@ class Engine:
             return product
 
         return multiply
+
+
+def _with_gelu(weight: torch.Tensor, bias: torch.Tensor) -> Step:
+    """A product with GELU by its tanh formula, which a GPU's products have at their end.
+
+    By itself GELU would read and write a layer's widest tensor once more.
+    """
+    across = weight.t()
+
+    def multiply(inputs: torch.Tensor) -> torch.Tensor:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        product: torch.Tensor = torch._addmm_activation(bias, flat, across, use_gelu=True)
+        return product.view(*inputs.shape[:-1], -1)
+
+    return multiply
 
 
 def _in_whole_numbers(

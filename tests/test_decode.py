@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
@@ -305,7 +306,6 @@ def test_the_mean_of_channels_is_rounded_once(encoded: Encoded, channels: int) -
 @pytest.mark.parametrize(
     ("format", "subtype", "certain"),
     [
-        ("wav", "PCM_16", True),
         ("wavex", "PCM_16", True),
         ("rf64", "PCM_16", True),
         ("wav", "PCM_24", False),
@@ -333,6 +333,31 @@ def test_ffmpeg_probes_less_where_a_wav_holds_samples(
     _, facts = decode(content)
     assert facts.frames // 1_000 == 400
     assert ["max_probe_packets" in options for options in asked] == [certain]
+
+
+def test_a_wav_of_plain_samples_is_no_work_for_ffmpeg(
+    noise: Noise, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = encoded(noise((400_000, 2)), 44_100, "wav", "PCM_16")
+    listed = content[:36] + b"LIST\x05\0\0\0INFOx\0" + content[36:]
+    listed = listed[:4] + (len(listed) - 8).to_bytes(4, "little") + listed[8:]
+    monkeypatch.setattr("transforms.decode._is_whole_pcm16", lambda *_: False)
+    expected, by_ffmpeg = decode(content)
+    monkeypatch.undo()
+    for plain in (content, listed):
+        decoder = AudioDecoder(io.BytesIO(plain))
+        samples = np.concatenate(list(decoder.mono(16_000)))
+        assert decoder.library == "libsndfile" and decoder.facts == by_ffmpeg
+        np.testing.assert_allclose(samples, expected, rtol=0, atol=1e-6)
+    # One that is not as long as it says, or says what is odd, is ffmpeg's as before.
+    for odd in (
+        content[:-1], content + b"\0\0", content[:22] + b"\x03" + content[23:],
+        content[:24] + b"\0\0" + content[26:], content[:40] + b"\xff" + content[41:], content[:44],
+    ):  # fmt: skip
+        decoder = AudioDecoder(io.BytesIO(odd))
+        with contextlib.suppress(ClipError):
+            list(decoder.mono(16_000))
+        assert not decoder._is_plain_wav()
 
 
 def test_dts_that_poses_as_samples_is_found_behind_silence(

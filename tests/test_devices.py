@@ -114,7 +114,7 @@ def test_processes_share_a_gpu_that_is_faster_than_one_python(
     gpus(1, monkeypatch, memory_gb=140)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     job = asked()
-    assert (job.workers.processes, job.workers.devices, job.workers.decode_processes) == (4, 1, 3)
+    assert (job.workers.processes, job.workers.devices, job.workers.decode_processes) == (4, 1, 4)
     assert job.beam_options.view_as(DirectOptions).direct_num_workers == 4
     first = claimant(tmp_path)  # has number 0
     assert numbers(first) == (0, 0)
@@ -130,7 +130,7 @@ def test_processes_share_a_gpu_that_is_faster_than_one_python(
     assert asked().workers.processes == 2  # students and contexts have to fit
     gpus(2, monkeypatch, memory_gb=140)
     both = asked(devices="all").workers
-    assert (both.processes, both.devices, both.decode_processes) == (4, 2, 3)
+    assert (both.processes, both.devices, both.decode_processes) == (4, 2, 4)
     second = asked(device="cuda:1")
     assert second.workers.processes == 4
     assert _devices_here(annotation_of(second, str(tmp_path))) == ["cuda:1"]

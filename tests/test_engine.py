@@ -274,6 +274,27 @@ def test_a_gpu_gives_what_the_cpu_gives(
     assert (found - expected).abs().max() < most
 
 
+@with_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [48, 768])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_gpu_adds_and_norms_in_one_pass(dtype: torch.dtype, width: int, shared: bool) -> None:
+    pytest.importorskip("triton")
+    from student.add_norm import add_norm
+
+    torch.manual_seed(0)
+    hidden = 5 * torch.randn(1 if shared else 3, 7, width, device="cuda")
+    added = torch.randn(3, 7, width, device="cuda", dtype=dtype)
+    weight, bias = torch.randn(2, width, device="cuda")
+    before = hidden.clone()
+    total, normal = add_norm(hidden, added, weight, bias, 1e-12)
+    assert torch.equal(hidden, before)
+    expected = hidden + added
+    torch.testing.assert_close(total, expected)
+    expected = torch.nn.functional.layer_norm(expected, (width,), weight, bias, 1e-12)
+    torch.testing.assert_close(normal, expected.to(dtype))
+
+
 def test_work_of_the_last_layer_is_done_for_two_tokens(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
