@@ -159,7 +159,7 @@ def test_workers_share_shards_and_cost_by_the_hour(run, shards):
 
 def test_a_gpu_is_said_to_be_no_measurement_and_has_a_wide_range(earmark, run, shards):
     found = run(shards, "--gpu", "nvidia-l4")
-    assert "no GPU was measured" in found["source"] and found["dtype"] == "bfloat16"
+    assert "no GPU of this type was measured" in found["source"] and found["dtype"] == "bfloat16"
     wall = found["workers"][0]["wall_s"]
     assert wall["high"] > 2 * wall["low"]
     assert run(shards, "--gpu", "none")["source"] is None
