@@ -120,7 +120,8 @@ _FEWEST_REPLICATES = 50
     metavar="N",
     help="Of bootstrap and folds.",
 )
-@click.option("--json", "json_file", metavar="FILE", help="Write everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--save", metavar="FILE", help="Write everything as JSON.")
 @click.option("--markdown", metavar="FILE", help="Write the tables for a model card.")
 @click.option("--per-label", metavar="FILE", help="Write a row for each label as CSV.")
 @click.option(
@@ -194,7 +195,7 @@ def _check(paths: tuple[str, ...], options: dict[str, Any]) -> None:
             raise UsageError("--target-precision is for --thresholds; name its file")
         if options["group_by"] is not None and not options["bootstrap"]:
             raise UsageError("--group-by is for --thresholds and --bootstrap; ask for one of them")
-    for option in ("json_file", "markdown", "per_label", "picture", "thresholds"):
+    for option in ("save", "markdown", "per_label", "picture", "thresholds"):
         file = options[option]
         if file is None:
             continue
@@ -291,15 +292,18 @@ def _measure(source: Source, truth: Truth, teacher: Source | None, options: dict
         group_by=options["group_by"],
         first=check,
     )
-    console = Console()
-    present.show(evaluation, console)
+    console = Console(stderr=options["as_json"])  # so that JSON stands alone
+    if options["as_json"]:
+        click.echo(present.as_json(evaluation).rstrip("\n"))
+    else:
+        present.show(evaluation, console)
 
     def picture() -> bytes:
         from evaluation.picture import picture as draw
 
         return draw(evaluation, Path(options["picture"]).suffix[1:].lower())
 
-    _write("--json", options["json_file"], lambda: present.as_json(evaluation))
+    _write("--save", options["save"], lambda: present.as_json(evaluation))
     _write("--markdown", options["markdown"], lambda: present.markdown(evaluation))
     _write("--per-label", options["per_label"], lambda: present.per_label_csv(evaluation))
     _write("--picture", options["picture"], picture)

@@ -123,7 +123,8 @@ def report(output: str, verbose: bool, **options: Any) -> None:
 @click.argument("a", metavar="OUTPUT_A")
 @click.argument("b", metavar="OUTPUT_B")
 @click.option("--to", metavar="FILE", help="Write a page with clips to listen to.")
-@click.option("--json", "json_file", metavar="FILE", help="Write everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--save", metavar="FILE", help="Write everything as JSON.")
 @click.option(
     "--clips",
     type=click.IntRange(0),
@@ -146,22 +147,25 @@ def compare(a: str, b: str, verbose: bool, **options: Any) -> None:
     with errors_said(verbose, kept="Run the same command again"):
         access = _access(options["billing_project"])
         _check(options["to"], "--to", drawn=options["to"] is not None)
-        _check(options["json_file"], "--json", drawn=False)
+        _check(options["save"], "--save", drawn=False)
         sources = _source("OUTPUT_A", a, access), _source("OUTPUT_B", b, access)
         from pipeline.compare import as_json
         from pipeline.compare import compare as measure
 
         result = _said(lambda: measure(*sources, changes=options["clips"], seed=options["seed"]))
-        _show(result)
-        if options["json_file"]:
-            _write("--json", options["json_file"], as_json(result).encode())
-            click.echo(f"Wrote {options['json_file']}", err=True)
+        if options["as_json"]:
+            click.echo(as_json(result).rstrip("\n"))
+        else:
+            _show(result)
+        if options["save"]:
+            _write("--save", options["save"], as_json(result).encode())
+            click.echo(f"Wrote {options['save']}", err=True)
         if options["to"]:
             from pipeline.page import comparison_page, wanted_row
 
             media = _media([wanted_row(change.row) for change in result.changes], options, access)
             _write("--to", options["to"], comparison_page(result, media).encode())
-            _say_media(media)
+            _say_media(media, err=options["as_json"])
             click.echo(f"Wrote {options['to']}", err=True)
 
 
@@ -214,7 +218,7 @@ def _media(wanted: Sequence[Wanted], options: dict[str, Any], access: Access) ->
     return Media(found, int(options["max_audio_mb"] * 1e6))
 
 
-def _say_media(media: Media) -> None:
+def _say_media(media: Media, err: bool = False) -> None:
     said = f"{counted(media.sounds, 'clip')} with sound ({media.audio_bytes / 1e6:.1f} MB)"
     if media.silenced:
         said += f", {media.silenced:,} for which --max-audio-mb has no room"
@@ -223,7 +227,7 @@ def _say_media(media: Media) -> None:
         said += f"; {sum(absent.values()):,} without: " + "; ".join(
             f"{visible(why)} ({count:,})" for why, count in absent.most_common(3)
         )
-    click.echo(f"{said}.")
+    click.echo(f"{said}.", err=err)
 
 
 def _write(option: str, file: str, content: bytes) -> None:

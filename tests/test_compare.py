@@ -192,7 +192,7 @@ def test_two_label_sets(one, annotate, shards, make_checkpoint, tmp_path):
 
 def test_the_command_says_it_writes_it_and_shows_it(one, other, tmp_path):
     page, file = tmp_path / "c.html", tmp_path / "c.json"
-    done = earmark("compare", one, other, "--to", page, "--json", file)
+    done = earmark("compare", one, other, "--to", page, "--save", file)
     assert done.exit_code == 0, done.output
     assert "Clips in both" in done.output and "pool: max in A, mean in B" in done.output
     assert "9 clips with sound" in done.output
@@ -200,6 +200,8 @@ def test_the_command_says_it_writes_it_and_shows_it(one, other, tmp_path):
     whole = json.loads(file.read_text("utf-8"))
     assert (whole["clips"], len(whole["labels"]), len(whole["changes"])) == (9, 527, 9)
     assert any(HOSTILE in change["clip_id"] for change in whole["changes"])
+    printed = earmark("compare", one, other, "--json")
+    assert json.loads(printed.stdout) == whole
     html = page.read_text("utf-8")
     assert HOSTILE not in html and html.count("<script") == 2
     assert "\\\\x1b[31m\\\\u202e[red]" in html
@@ -223,7 +225,7 @@ def test_what_cannot_be_compared_is_said(one, annotate, make_tar, encoded, noise
     for arguments, said in (
         ((one, tmp_path / "none"), "run.json"),
         ((one, annotate(away)), "no clip in common"),
-        ((one, one, "--json", tmp_path / "no" / "c.json"), "there is no folder"),
+        ((one, one, "--save", tmp_path / "no" / "c.json"), "there is no folder"),
     ):
         done = earmark("compare", *arguments)
         assert done.exit_code == 2 and said in done.output, done.output

@@ -1184,7 +1184,7 @@ def test_from_a_teacher_to_a_student_in_use(tars, annotated, tiny_checkpoint, tm
     run("annotate", tars, "--checkpoint", student, "--output", tags)
     report = tmp_path / "report.json"
     said = run(
-        "evaluate", tags, "--truth", annotated, "--teacher", annotated, "--json", report,
+        "evaluate", tags, "--truth", annotated, "--teacher", annotated, "--save", report,
         "--bootstrap", 0,
     )  # fmt: skip
     assert "macro mAP" in said
@@ -1199,7 +1199,7 @@ def test_from_a_teacher_to_a_student_in_use(tars, annotated, tiny_checkpoint, tm
     AutoFeatureExtractor.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "untrained")
     before = tmp_path / "before.json"
     run("annotate", tars, "--checkpoint", tmp_path / "untrained", "--output", tmp_path / "first")
-    run("evaluate", tmp_path / "first", "--truth", annotated, "--json", before, "--bootstrap", 0)
+    run("evaluate", tmp_path / "first", "--truth", annotated, "--save", before, "--bootstrap", 0)
     learned = report["student"]["card"]["mAP"]
     assert learned > json.loads(before.read_text())["student"]["card"]["mAP"] + 0.05
 

@@ -91,8 +91,10 @@ def run(*arguments, code=0):
 
 
 def test_numbers_are_those_of_the_rows(output, rows, tmp_path):
-    run(output, "--truth", "metadata:labels", "--json", tmp_path / "e.json", "--bootstrap", 0)
+    asked = ["evaluate", str(output), "--truth", "metadata:labels", "--bootstrap", "0"]
+    done = CliRunner().invoke(cli, [*asked, "--json", "--save", str(tmp_path / "e.json")])
     said = json.loads((tmp_path / "e.json").read_text())
+    assert json.loads(done.stdout) == said  # and nothing beside it
 
     scored = [row for row in rows if row["error"] is None]
     scores = np.array([row["scores"] for row in scored], np.float32)
@@ -141,7 +143,7 @@ def test_what_could_not_be_compared_is_said(output, tmp_path):
 
 def test_teacher_and_student_side_by_side(output, rows, teacher, tmp_path):
     files = {name: tmp_path / f"e.{name}" for name in ("json", "md", "csv", "png")}
-    options = ["--json", files["json"], "--markdown", files["md"], "--per-label", files["csv"],
+    options = ["--save", files["json"], "--markdown", files["md"], "--per-label", files["csv"],
                "--picture", files["png"], "--bootstrap", 50]  # fmt: skip
     shown = run(output, "--truth", "metadata:labels", "--teacher", teacher, *options)
     assert "How near tiny is to teacher" in shown
@@ -203,13 +205,13 @@ def test_an_output_as_its_own_truth_is_perfect(output, tmp_path):
     """The tags of an output are the scores from the threshold that it was made with."""
     for more in ([], ["--truth-threshold", "0.2"]):
         file = tmp_path / "e.json"
-        run(output, "--truth", output, "--json", file, "--bootstrap", 0, *more)
+        run(output, "--truth", output, "--save", file, "--bootstrap", 0, *more)
         said = json.loads(file.read_text())
         assert said["student"]["field"]["macro_map"] == 1
         assert said["availability"]["joined_by"] == {"clip_id": 11}
         assert said["availability"]["own_tags_are_truth"]
         assert said["student"]["tags"]["total"]["micro_f1"] == 1
-    shown = run(output, "--truth", output, "--teacher", output, "--json", file, "--bootstrap", 50)
+    shown = run(output, "--truth", output, "--teacher", output, "--save", file, "--bootstrap", 50)
     assert "The truth is what the output is tagged with, tag for tag" in shown
     assert "The teacher's scores are the student's own" in shown
     assert f"Wrote {file}" in shown
@@ -224,7 +226,7 @@ def test_an_output_as_its_own_truth_is_perfect(output, tmp_path):
 
 def test_the_tags_of_an_output_are_judged_as_they_are(output, rows, tmp_path):
     """By hand; and retagging changes them, and nothing else."""
-    run(output, "--truth", "metadata:labels", "--json", tmp_path / "e.json", "--bootstrap", 0)
+    run(output, "--truth", "metadata:labels", "--save", tmp_path / "e.json", "--bootstrap", 0)
     before = json.loads((tmp_path / "e.json").read_text())["student"]
     scored = [row for row in rows if row["error"] is None]
     tags = [{tag["name"] for tag in row["tags"]} for row in scored]
@@ -240,7 +242,7 @@ def test_the_tags_of_an_output_are_judged_as_they_are(output, rows, tmp_path):
     command = ["retag", str(output), "--output", str(again), "--threshold", "0.99999"]
     assert CliRunner().invoke(cli, command).exit_code == 0
     shown = run(
-        again, "--truth", "metadata:labels", "--json", tmp_path / "e.json", "--bootstrap", 0
+        again, "--truth", "metadata:labels", "--save", tmp_path / "e.json", "--bootstrap", 0
     )
     after = json.loads((tmp_path / "e.json").read_text())["student"]
     assert (after["card"], after["field"]) == (before["card"], before["field"])
@@ -251,7 +253,7 @@ def test_the_tags_of_an_output_are_judged_as_they_are(output, rows, tmp_path):
 
 def test_clips_of_a_recording_are_resampled_together(output, tmp_path):
     file = tmp_path / "e.json"
-    common = (output, "--truth", "metadata:labels", "--bootstrap", 50, "--json", file)
+    common = (output, "--truth", "metadata:labels", "--bootstrap", 50, "--save", file)
     run(*common)
     alone = json.loads(file.read_text())
     shown = run(*common, "--group-by", "recording")
@@ -262,7 +264,7 @@ def test_clips_of_a_recording_are_resampled_together(output, tmp_path):
 
 
 def test_scores_without_tags_have_none_to_judge(output, teacher, tmp_path):
-    run(teacher, "--truth", output, "--json", tmp_path / "e.json", "--bootstrap", 0)
+    run(teacher, "--truth", output, "--save", tmp_path / "e.json", "--bootstrap", 0)
     assert json.loads((tmp_path / "e.json").read_text())["student"]["tags"] is None
     # What another tool calls tags is none of an output's, and no obstacle.
     table = pq.read_table(teacher)
@@ -275,9 +277,9 @@ def test_audio_is_annotated_first(output, shard, tiny_checkpoint, tmp_path):
     made, again = tmp_path / "made.json", tmp_path / "again.json"
     common = ["--truth", "metadata:labels", "--bootstrap", 0]
     folder = tmp_path / "kept"
-    run("--checkpoint", tiny_checkpoint, shard, "--output", folder, *common, "--json", made)
+    run("--checkpoint", tiny_checkpoint, shard, "--output", folder, *common, "--save", made)
     assert (folder / "run.json").is_file()
-    run(output, *common, "--json", again)
+    run(output, *common, "--save", again)
     made, again = (json.loads(file.read_text()) for file in (made, again))
     assert made["labels"] == again["labels"]
     said = run("--checkpoint", tiny_checkpoint, shard, *common)  # into a temporary folder
@@ -340,7 +342,7 @@ def test_an_output_and_a_truth_in_cloud_storage(output, rows, earmark, tmp_path)
                 cloud.put("tags", f"out/{file.relative_to(output)}", file.read_bytes())
         lines = [f"{row['member']};Speech" for row in rows]
         cloud.put("tags", "truth.csv", "\n".join(["file;label", *lines]).encode())
-        options = ["--bootstrap", 0, "--json", tmp_path / "e.json", "--billing-project", "p"]
+        options = ["--bootstrap", 0, "--save", tmp_path / "e.json", "--billing-project", "p"]
         earmark(cloud.env, "evaluate", "gs://tags/out", "--truth", "gs://tags/truth.csv", *options)
         said = json.loads((tmp_path / "e.json").read_text())
         assert said["availability"]["scored"] == 11
@@ -367,7 +369,7 @@ def test_an_output_and_a_truth_in_cloud_storage(output, rows, earmark, tmp_path)
         (["OUT", "OUT", "--truth", "metadata:labels"], "2 outputs were given"),
         (["OUT", "--truth", "metadata:labels", "--output", "x"], "name the checkpoint too"),
         (["OUT", "--truth", "metadata:labels", "--target-precision", "0.9"], "is for --thresholds"),
-        (["OUT", "--truth", "metadata:labels", "--json", "no/where/e.json"], "there is no folder"),
+        (["OUT", "--truth", "metadata:labels", "--save", "no/where/e.json"], "there is no folder"),
         (["OUT", "--truth", "metadata:recording"], "none of the 6 labels of metadata:recording"),
         (
             ["OUT", "--truth", "metadata:labels", "--labels-at-least", "99"],
@@ -381,7 +383,7 @@ def test_an_output_and_a_truth_in_cloud_storage(output, rows, earmark, tmp_path)
         (["OUT", "--truth", "metadata:labels", "--seed", "-1"], "-1 is not in the range x>=0"),
         (["OUT", "--truth", "metadata:labels", "--bootstrap", "49"], "too few for an interval"),
         (["OUT", "--truth", "metadata:labels", "--pool", "mean"], "--pool is of the annotation"),
-        (["OUT", "--truth", "metadata:labels", "--json", "."], "it is a folder"),
+        (["OUT", "--truth", "metadata:labels", "--save", "."], "it is a folder"),
         (
             ["OUT", "--truth", "metadata:labels", "--thresholds", "t.json", "--group-by", "take"],
             "none of the 11 compared clips",
@@ -447,8 +449,8 @@ def test_two_models_of_one_name_are_told_apart(output, tmp_path):
     for place in ("a", "b"):
         shutil.copytree(output, tmp_path / place / "out")
     files = [tmp_path / name for name in ("near.json", "far.json")]
-    run(tmp_path / "a/out", *truth, "--teacher", output, "--json", files[0])
-    run(tmp_path / "a/out", *truth, "--teacher", tmp_path / "b/out", "--json", files[1])
+    run(tmp_path / "a/out", *truth, "--teacher", output, "--save", files[0])
+    run(tmp_path / "a/out", *truth, "--teacher", tmp_path / "b/out", "--save", files[1])
     names = [
         [json.loads(file.read_text())[who]["name"] for who in ("student", "teacher")]
         for file in files
@@ -628,7 +630,7 @@ def listed(folder, suffix, rows):
 def test_only_some_clips_are_looked_at(output, rows, tmp_path, suffix):
     file = listed(tmp_path, suffix, rows)
     told = tmp_path / "e.json"
-    asked = ("--only", file, "--bootstrap", 0, "--json", told)
+    asked = ("--only", file, "--bootstrap", 0, "--save", told)
     said = run(output, "--truth", "metadata:labels", *asked)
     assert "2 of the truth's 2 clips are compared" in said
     assert f"1 clips of {file} have no row." in said
