@@ -70,7 +70,13 @@ def cli() -> None:
 @click.option(
     "--devices",
     metavar="all|N",
-    help="A worker process for each of all GPUs of this machine, or for N of them (with --device cpu: N processes that share its cores), each with shards of its own.",
+    help="All GPUs of this machine, or N of them, with worker processes for each (with --device cpu: N processes that share its cores), each with shards of its own. [default: one GPU]",
+)
+@click.option(
+    "--processes-per-gpu",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Worker processes that share a GPU of this machine. [default: one for each 4 cores and 8 GB of its memory, 4 at most]",
 )
 @click.option(
     "--decode-processes",

@@ -25,14 +25,14 @@ CLUSTERS = ("portable", "flink", "spark")  # runners whose workers may be other 
 
 
 def choose_workers_here(
-    options: AnnotateOptions, runner: str, by_hand: bool = False
+    options: AnnotateOptions, runner: str, by_hand: int | None = None
 ) -> tuple[dataflow.Workers, list[str]]:
     """What workers compute on that are here, or on a cluster that this machine does not see.
 
     Args:
         options: of the command line.
         runner: Beam's, in lower case.
-        by_hand: Beam was told how many processes there are.
+        by_hand: how many workers Beam was told to start, 0 for as many as there are cores.
     """
     if runner in CLUSTERS and options.devices is not None:
         raise UsageError("--devices is for a run on this machine; a cluster has its own workers")
@@ -59,16 +59,34 @@ def choose_workers_here(
             "something else, say --device"
         )
     devices = processes = 1 if options.devices is None else processes_of(options.devices, device)
-    if device.type == "cuda" and runner not in CLUSTERS and not by_hand:
-        processes *= processes_a_gpu(device, len(os.sched_getaffinity(0)) // devices)
+    if device.type == "cuda" and runner not in CLUSTERS and by_hand is None:
+        a_gpu = options.processes_per_gpu
+        processes *= a_gpu or processes_a_gpu(device, len(os.sched_getaffinity(0)) // devices)
+    elif options.processes_per_gpu is not None:
+        raise UsageError(
+            "--processes-per-gpu is for a run on a GPU of this machine, and not beside Beam's own "
+            "--direct_num_workers or --direct_running_mode: leave it out"
+        )
     workers = dataflow.Workers(dataflow.NO_GPU, 0, str(device), dtype, processes, devices=devices)
-    return with_shards(workers, processes, options, runner), notes
+    return with_shards(workers, processes, options, runner, by_hand), notes
 
 
 def with_shards(
-    workers: dataflow.Workers, shards: int, options: AnnotateOptions, runner: str
+    workers: dataflow.Workers,
+    shards: int,
+    options: AnnotateOptions,
+    runner: str,
+    by_hand: int | None = None,
 ) -> dataflow.Workers:
-    """`workers` without the processes that find no shard, which would load a student for nothing."""
+    """`workers` without the processes that find no shard, which would load a student for nothing.
+
+    Args:
+        workers: of `choose_workers_here`, as the rest.
+        shards: that there are to do.
+        options: of the command line.
+        runner: Beam's, in lower case.
+        by_hand: of Beam's workers.
+    """
     processes = max(1, min(workers.processes, shards))
     decoding = DECODE_PROCESSES
     if options.decode_processes is not None:
@@ -76,8 +94,10 @@ def with_shards(
     elif workers.device.startswith("cuda") and runner not in CLUSTERS:
         # A GPU scores more clips a second than one Python decodes; a CPU has no core to spare.
         # The one process of a GPU keeps a core busy, several have theirs half idle.
-        decoding = len(os.sched_getaffinity(0)) // processes
-        decoding = max(1, decoding - (processes <= workers.devices))
+        cores, at_once = len(os.sched_getaffinity(0)), processes
+        if by_hand is not None:  # each of Beam's threads has decoders of its own
+            at_once = by_hand or cores
+        decoding = max(1, cores // at_once - (processes <= workers.devices))
     return replace(workers, processes=processes, decode_processes=decoding)
 
 
@@ -90,6 +110,7 @@ def processes_a_gpu(device: torch.device, cores: int) -> int:
         device: a GPU.
         cores: of this machine, for each GPU.
     """
+    # Not what is free of it: to ask for that is to begin to use the GPU in this process too.
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(1, min(_MOST_A_GPU, cores // _CORES_A_PROCESS, memory // _BYTES_A_PROCESS))
 

@@ -42,7 +42,7 @@ def show_job(job: Job, console: Console) -> None:
     """Says what is about to happen, and to what."""
     checkpoint, workers = job.checkpoint, job.workers
     where = f"{workers.count} {workers.gpu} a worker" if workers.count else workers.device
-    if workers.processes > 1 and where.startswith("cuda"):
+    if workers.processes > workers.devices and where.startswith("cuda"):
         where = f"{workers.devices} of {where}" if workers.devices > 1 else where
         where += f", shared by {workers.processes} processes,"
     elif workers.processes > 1:

@@ -29,7 +29,7 @@ _FEWEST_REPLICATES = 50
 
 @click.command(
     epilog=flags.examples(
-        "earmark evaluate tags --truth eval_segments.csv --json scores.json",
+        "earmark evaluate tags --truth eval_segments.csv --save scores.json",
         "earmark evaluate shards --checkpoint bookbot/distil-ast-audioset --truth metadata:labels",
     )
 )

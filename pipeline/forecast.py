@@ -77,8 +77,8 @@ GPU_TFLOP_S = {
 # The share of it that an AST reaches. Hugging Face's documentation of AST states 40 ms (eager)
 # and 14 ms (SDPA) for a batch of 8 of AST-base on an A100; at 261 GFLOP a clip these are 52 and
 # 149 of its 312 TFLOP/s. They are said to be float32, whose peak there is 19.5: so they are no
-# more than a hint. An H200 reached 45 % of its 989 by this code's model alone, and 29 % from
-# FLAC to Parquet (bench/RESULTS.md).
+# more than a hint. An H200 reached 45 % of its 989 by this code's model alone, and 24 to 29 %
+# from FLAC to Parquet (bench/RESULTS.md).
 GPU_SHARES = (0.17, 0.48)
 GPU_SOURCE = (
     "no GPU of this type was measured: between 17 % and 48 % of the card's 16-bit peak, which is what the published "
@@ -416,8 +416,15 @@ def project(
         cost_s = totals["cost_s"] * drift
         # The sample lay in memory: storage that is slower than all else sets the pace.
         feeding_s = sum(per_clip[stage] for stage in SIDES["decoding"][0]) * totals["clips"] * drift
-        decoders = max(1, job.workers.decode_processes)
-        work_s = np.maximum(cost_s, feeding_s / decoders)
+        # The sample was one process's; several share the machine's GPU, which then may bind.
+        processes = job.workers.processes
+        decoders = processes * max(1, job.workers.decode_processes)
+        scoring_s = (
+            sum(per_clip[stage] for stage in ("features", "model")) * totals["clips"] * drift
+        )
+        work_s = np.maximum(cost_s / processes, feeding_s / decoders)
+        if processes > 1:
+            work_s = np.maximum(work_s, scoring_s / job.workers.devices)
         binds = _binds(per_clip, decoders)
         startup = Range(measured.startup_s, measured.startup_s * 0.8, measured.startup_s * 1.3)
         source = None

@@ -33,6 +33,7 @@ class AnnotateOptions:
     checkpoint: str = BUNDLED
     device: str = "auto"
     devices: str | None = None  # `all`, or how many: a worker process for each
+    processes_per_gpu: int | None = None  # None: of `pipeline.devices`
     decode_processes: int | None = None  # of each worker thread; None: of `pipeline.devices`
     dtype: str = "auto"
     threshold: float | None = None  # None: the checkpoint's own

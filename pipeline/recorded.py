@@ -143,7 +143,16 @@ def recorded_options(
         inputs_from: files that name inputs.
     """
     known = {field.name for field in fields(AnnotateOptions)}
-    machine = {"device", "devices", "decode_processes", "gpu", "beam", "threshold", "thresholds"}
+    machine = {
+        "device",
+        "devices",
+        "processes_per_gpu",
+        "decode_processes",
+        "gpu",
+        "beam",
+        "threshold",
+        "thresholds",
+    }
     stated = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in made["options"].items()

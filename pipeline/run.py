@@ -187,8 +187,7 @@ def prepare(options: AnnotateOptions, redo: Redo | None = None) -> Job:
         if not remote:
             _refuse_for_local(options)
             runner = _runner_of(beam_options)
-            by_hand = _processes_by_hand(beam_options) or runner not in ("fnapi", "direct")
-            workers, notes = choose_workers_here(options, runner, by_hand)
+            workers, notes = choose_workers_here(options, runner, _workers_by_hand(beam_options))
             if workers.processes > 1:
                 _with_processes(options, workers.processes)  # which may refuse
         checkpoint = _read_checkpoint(options.checkpoint, access)
@@ -245,7 +244,8 @@ def prepare(options: AnnotateOptions, redo: Redo | None = None) -> Job:
         todo, replaced, changed = _with_changed(planned, options, output)
         notes += changed
         if not remote:
-            workers = with_shards(workers, todo.shards, options, _runner_of(beam_options))
+            by_hand, runner = _workers_by_hand(beam_options), _runner_of(beam_options)
+            workers = with_shards(workers, todo.shards, options, runner, by_hand)
         if workers.processes > 1:
             beam_options = _with_processes(options, workers.processes)
         if remote and beam_options.view_as(GoogleCloudOptions).template_location is None:
@@ -543,7 +543,7 @@ def _refuse_other_student(checkpoint: str, baked: str | None, image: str) -> Non
 
 def _with_processes(options: AnnotateOptions, processes: int) -> PipelineOptions:
     """Beam's options for so many worker processes of this machine."""
-    if _processes_by_hand(_beam_options(options.beam, options.dry_run)):
+    if _workers_by_hand(_beam_options(options.beam, options.dry_run)) is not None:
         raise UsageError(
             f"--devices {options.devices} sets --direct_num_workers and --direct_running_mode: "
             "leave these out"
@@ -552,10 +552,12 @@ def _with_processes(options: AnnotateOptions, processes: int) -> PipelineOptions
     return _beam_options((*options.beam, *flags), options.dry_run)
 
 
-def _processes_by_hand(options: PipelineOptions) -> bool:
-    """Whether Beam was told how many processes there are, or of which kind."""
+def _workers_by_hand(options: PipelineOptions) -> int | None:
+    """How many workers Beam was told to start here; None where it was told nothing."""
     given = options.view_as(DirectOptions)
-    return given.direct_num_workers != 1 or given.direct_running_mode != "in_memory"
+    if given.direct_num_workers != 1 or given.direct_running_mode != "in_memory":
+        return int(given.direct_num_workers)
+    return None if _runner_of(options) in ("fnapi", "direct") else 1
 
 
 def _refuse_for_local(options: AnnotateOptions) -> None:

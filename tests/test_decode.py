@@ -27,6 +27,7 @@ from transforms.decode import (
     SourceFacts,
     _converter,
     _joined,
+    _whole_pcm16,
     take_decode_s,
 )
 from transforms.records import ClipError
@@ -335,29 +336,84 @@ def test_ffmpeg_probes_less_where_a_wav_holds_samples(
     assert ["max_probe_packets" in options for options in asked] == [certain]
 
 
+def riff(*chunks: tuple[bytes, bytes]) -> bytes:
+    body = b"WAVE" + b"".join(
+        name + len(content).to_bytes(4, "little") + content + bytes(len(content) % 2)
+        for name, content in chunks
+    )
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
+FMT = (b"fmt ", struct.pack("<HHIIHH", 1, 2, 48_000, 192_000, 4, 16))
+
+
+@pytest.fixture
+def by_ffmpeg(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], Any]:
+    """What is decoded of a WAV where it is not looked at for plain samples."""
+
+    def decoded(content: bytes) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr("transforms.decode._whole_pcm16", lambda *_: None)
+            return decode(content)
+
+    return decoded
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [], [(b"LIST", b"INFOx")], [(b"JUNK", bytes(28)), (b"fact", b"")], [(b"bext", bytes(602))],
+        [(b"LIST", b"INFOdata\xff\xff\0\0")],  # which libsndfile takes for the samples
+    ],
+)  # fmt: skip
 def test_a_wav_of_plain_samples_is_no_work_for_ffmpeg(
-    noise: Noise, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+    noise: Noise, by_ffmpeg: Callable[[bytes], Any], before: list[tuple[bytes, bytes]]
 ) -> None:
-    content = encoded(noise((400_000, 2)), 44_100, "wav", "PCM_16")
-    listed = content[:36] + b"LIST\x05\0\0\0INFOx\0" + content[36:]
-    listed = listed[:4] + (len(listed) - 8).to_bytes(4, "little") + listed[8:]
-    monkeypatch.setattr("transforms.decode._is_whole_pcm16", lambda *_: False)
-    expected, by_ffmpeg = decode(content)
-    monkeypatch.undo()
-    for plain in (content, listed):
-        decoder = AudioDecoder(io.BytesIO(plain))
-        samples = np.concatenate(list(decoder.mono(16_000)))
-        assert decoder.library == "libsndfile" and decoder.facts == by_ffmpeg
-        np.testing.assert_allclose(samples, expected, rtol=0, atol=1e-6)
-    # One that is not as long as it says, or says what is odd, is ffmpeg's as before.
+    samples = (noise((200_000, 2)) * 32_767).astype("<i2")
+    content = riff(FMT, *before, (b"data", samples.tobytes()))
+    decoder = AudioDecoder(io.BytesIO(content))
+    found = np.concatenate(list(decoder.mono(48_000)))
+    expected = samples.astype(np.float32).mean(axis=1) / 32_768
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-7)
+    assert decoder.library == "numpy" and decoder.facts == by_ffmpeg(content)[1]
+
+
+def test_a_wav_that_is_not_as_it_says_is_for_ffmpeg(noise: Noise) -> None:
+    content = riff(FMT, (b"data", (noise((9_000, 2)) * 32_767).astype("<i2").tobytes()))
+    assert _whole_pcm16(content[:4_096], len(content)) is not None
     for odd in (
-        content[:-1], content + b"\0\0", content[:22] + b"\x03" + content[23:],
-        content[:24] + b"\0\0" + content[26:], content[:40] + b"\xff" + content[41:], content[:44],
+        content[:-1], content + b"\0\0", content[:22] + b"\x03" + content[23:], content[:44],
+        content[:24] + b"\0\0" + content[26:], content[:40] + b"\xff" + content[41:], content[:20],
     ):  # fmt: skip
-        decoder = AudioDecoder(io.BytesIO(odd))
-        with contextlib.suppress(ClipError):
-            list(decoder.mono(16_000))
-        assert not decoder._is_plain_wav()
+        assert _whole_pcm16(odd[:4_096], len(odd)) is None
+
+
+@pytest.mark.parametrize("silence_bytes", [0, 12_000, 40_000])
+@pytest.mark.parametrize("codec", ["mp2", "latm", "spdif ac3"])
+def test_a_bitstream_in_a_wav_is_not_taken_for_samples(
+    codec: str, silence_bytes: int, by_ffmpeg: Callable[[bytes], Any]
+) -> None:
+    encoder = {"mp2": "mp2", "latm": "aac", "spdif ac3": "ac3"}[codec]
+    stream = io.BytesIO()
+    with av.open(stream, "w", format=codec.split()[0]) as container:
+        made = container.add_stream(encoder, rate=48_000, layout="stereo")
+        fifo, size = av.AudioFifo(), made.codec_context.frame_size or 1_152
+        tone = np.tile(sine(0.3, 48_000)[:48_000], 2)
+        frame = av.AudioFrame.from_ndarray(np.stack([tone, tone]), "fltp", "stereo")
+        frame.sample_rate = 48_000
+        for one in av.AudioResampler(
+            made.codec_context.format or "fltp", "stereo", 48_000
+        ).resample(frame):
+            fifo.write(one)
+        while (one := fifo.read(size)) is not None:
+            container.mux(made.encode(one))
+        container.mux(made.encode(None))
+    data = bytes(silence_bytes) + stream.getvalue()
+    content = riff(FMT, (b"data", data[: len(data) // 4 * 4]))
+    decoder = AudioDecoder(io.BytesIO(content))
+    with contextlib.suppress(ClipError):
+        list(decoder.mono(16_000))
+    assert decoder.library != "numpy"
 
 
 def test_dts_that_poses_as_samples_is_found_behind_silence(

@@ -54,7 +54,7 @@ def test_each_process_has_a_number_of_its_own_until_it_ends(tmp_path: Path) -> N
         # A process that asks again is told the same.
         assert sorted([numbers(first), numbers(second)]) == [(0, 0), (1, 1)]
         _, refusal = claimant(tmp_path).communicate()
-        assert "all 2 devices of this machine have a worker process" in refusal
+        assert "all 2 worker processes of this run are there" in refusal
         first.kill()
         first.wait()
         third = claimant(tmp_path)
@@ -126,6 +126,16 @@ def test_processes_share_a_gpu_that_is_faster_than_one_python(
     by_hand = asked(beam=("--direct_num_workers=2", "--direct_running_mode=multi_processing"))
     assert by_hand.workers.processes == 1  # what Beam was told holds
     assert by_hand.beam_options.view_as(DirectOptions).direct_num_workers == 2
+    assert by_hand.workers.decode_processes == 7  # of 8 cores each
+    two = asked(processes_per_gpu=2).workers
+    assert (two.processes, two.decode_processes) == (2, 8)
+    one = asked(processes_per_gpu=1)
+    assert (one.workers.processes, one.workers.decode_processes) == (1, 15)
+    assert one.beam_options.view_as(DirectOptions).direct_running_mode == "in_memory"
+    with pytest.raises(UsageError, match="--processes-per-gpu is for a run on a GPU of this"):
+        asked(processes_per_gpu=2, beam=("--direct_num_workers=2",))
+    with pytest.raises(UsageError, match="--processes-per-gpu is for a run on a GPU of this"):
+        asked(processes_per_gpu=2, device="cpu")
     gpus(1, monkeypatch, memory_gb=22)
     assert asked().workers.processes == 2  # students and contexts have to fit
     gpus(2, monkeypatch, memory_gb=140)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
 from student.checkpoint import read_checkpoint
-from student.engine import Engine, Kernel, choose_kernel
+from student.engine import Engine, Kernel, add_norm_in_one_pass, choose_kernel
 from student.feature_spec import FeatureSpec
 from student.features import LogMel
 from student.model import Student, has_int8, load_model, made_sounds
@@ -293,6 +295,27 @@ def test_a_gpu_adds_and_norms_in_one_pass(dtype: torch.dtype, width: int, shared
     torch.testing.assert_close(total, expected)
     expected = torch.nn.functional.layer_norm(expected, (width,), weight, bias, 1e-12)
     torch.testing.assert_close(normal, expected.to(dtype))
+
+
+def test_where_triton_cannot_compile_sums_and_norms_are_computed_apart(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert add_norm_in_one_pass(CPU) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+
+    def refuses(*_: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler\nand more")
+
+    monkeypatch.setitem(sys.modules, "student.add_norm", SimpleNamespace(add_norm=refuses))
+    assert add_norm_in_one_pass(CPU) is None
+    assert "computed apart" in caplog.text and "Failed to find C compiler)" in caplog.text
+
+    def adds(hidden: Any, added: Any, *_: Any) -> Any:
+        return hidden, added
+
+    monkeypatch.setitem(sys.modules, "student.add_norm", SimpleNamespace(add_norm=adds))
+    assert add_norm_in_one_pass(CPU) is adds
 
 
 def test_work_of_the_last_layer_is_done_for_two_tokens(

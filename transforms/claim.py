@@ -36,6 +36,6 @@ def claim_number(folder: Path, numbers: int) -> int:
             _held[folder] = number, file
             return number
     raise RuntimeError(
-        f"all {numbers} devices of this machine have a worker process, and this is one more: "
-        "--devices starts as many as there are; leave out --direct_num_workers"
+        f"all {numbers} worker processes of this run are there, and this is one more: "
+        "--devices and --processes-per-gpu say how many; leave out --direct_num_workers"
     )

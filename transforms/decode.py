@@ -74,6 +74,8 @@ _HEADER_BYTES = 4_096  # in which "fmt " is looked for
 _PROBED_BYTES = 16_384
 _DTS_WITHIN_BYTES = 600_000  # ffmpeg's 32 packets of stereo at 48 kHz, and a header
 _PROBE_LESS = {"max_probe_packets": "2"}
+_POSING_BYTES = 65_536  # of samples, in which a bitstream would have to begin
+_SPDIF_PREAMBLES = (b"\x72\xf8\x1f\x4e", b"\xf8\x72\x4e\x1f")  # IEC 61937, in either byte order
 _DTS_SYNC_WORDS = (  # as 16-bit little-endian samples; ETSI TS 102 114
     (0x7FFE, 0x8001),
     (0xFE7F, 0x0180),
@@ -211,7 +213,7 @@ class _Loss:
 class AudioDecoder:
     """One clip's audio, or a part of it, decoded as it is read.
 
-    ffmpeg (PyAV) decodes. What it refuses to begin is tried with libsndfile, which reads some
+    ffmpeg (PyAV) decodes all but the samples of a plain WAV, which are read as they are. What it refuses to begin is tried with libsndfile, which reads some
     files that ffmpeg does not; where ffmpeg meets a fault at once, the one that gets further
     decodes. The format is found from the bytes. What cannot be decoded in the middle is left
     out, and told at the end.
@@ -400,11 +402,15 @@ class AudioDecoder:
         raise ClipError("decode", "Truncated", f"{much} missing: {', and '.join(why)}")
 
     def _first_that_begins(self, start_s: float) -> Iterator[NDArray[np.float32]]:
-        """Blocks [channels, samples] of ffmpeg, or of libsndfile where ffmpeg gets less far."""
+        """Blocks [channels, samples] of ffmpeg, or of libsndfile where ffmpeg gets less far.
+
+        The samples of a plain WAV need neither.
+        """
         refused: Exception | None = None
         try:
-            if start_s < _SEEK_FROM_S and self._is_plain_wav():
-                yield from self._plain_blocks()
+            plain = self._plain_pcm16() if start_s < _SEEK_FROM_S else None
+            if plain is not None:
+                yield from self._plain_blocks(plain)
             elif not self._is_big_endian_wav():
                 try:
                     yield from self._ffmpeg_blocks(start_s, doubting=True)
@@ -465,17 +471,27 @@ class AudioDecoder:
         self._begun = False
         return decoded_s[0] > decoded_s[1] + _SHORT_S
 
-    def _is_plain_wav(self) -> bool:
-        """Whether it is a WAV of nothing but 16-bit samples, as long as it says it is.
+    def _plain_pcm16(self) -> _PlainPcm16 | None:
+        """Where a WAV has its 16-bit samples, if it is nothing else, and as long as it says it is.
 
-        ffmpeg takes five times as long to open and read one as libsndfile does, and has nothing
-        to add.
+        ffmpeg takes five times as long to open and read such a one. Where anything in it looks like
+        a bitstream that poses as samples, it is ffmpeg's.
         """
         size = self._file.seek(0, 2)
         self._file.seek(0)
         header = self._file.read(_HEADER_BYTES)
+        plain = _whole_pcm16(header, size)
+        if plain is not None:
+            content = header + self._file.read(_DTS_WITHIN_BYTES)
+            posing = content[plain.start : plain.start + max(_POSING_BYTES, plain.bytes_in(0.2))]
+            if (
+                any(preamble in posing for preamble in _SPDIF_PREAMBLES)
+                or holds_bitstream(posing)
+                or _holds_dts(content)
+            ):
+                plain = None
         self._file.seek(0)
-        return _is_whole_pcm16(header, size) and self._holds_pcm16()[1]
+        return plain
 
     def _is_big_endian_wav(self) -> bool:
         """ffmpeg takes the samples of a RIFX file for little-endian, and gives noise."""
@@ -637,12 +653,23 @@ class AudioDecoder:
             break
         container.seek(0, stream=stream)
 
-    def _plain_blocks(self) -> Iterator[NDArray[np.float32]]:
-        try:
-            yield from self._soundfile_blocks()
-        except soundfile.LibsndfileError:  # the header is whole: the file could not be read
-            self._watch.check()
-            self._loss.broken_off = self._begun
+    def _plain_blocks(self, plain: _PlainPcm16) -> Iterator[NDArray[np.float32]]:
+        self.library = "numpy"
+        self.facts = SourceFacts("pcm_s16le", plain.sample_rate, plain.channels)
+        self._stated_s = plain.frames / plain.sample_rate
+        self._file.seek(plain.start)
+        left, most = plain.frames, _block_samples(plain.sample_rate, plain.channels)
+        while left > 0:
+            content = self._file.read(2 * plain.channels * min(left, most))
+            block = np.frombuffer(
+                content, "<i2", len(content) // (2 * plain.channels) * plain.channels
+            )
+            if not len(block):
+                self._loss.broken_off = True
+                return
+            self._begun = True
+            yield np.multiply(block.reshape(-1, plain.channels).T, np.float32(2.0**-15), order="C")
+            left -= len(block) // plain.channels
 
     def _soundfile_blocks(self) -> Iterator[NDArray[np.float32]]:
         self.library = "libsndfile"
@@ -825,25 +852,42 @@ class _Unnamed:
         raise OSError("the audio is only read")
 
 
-def _is_whole_pcm16(header: bytes, size: int) -> bool:
-    """Whether a RIFF of `size` bytes in all has sound values and whole samples, up to its end."""
-    if header[:4] != b"RIFF" or header[8:16] != b"WAVEfmt ":
-        return False
+@dataclass(frozen=True)
+class _PlainPcm16:
+    """Where the samples of a WAV lie, and how."""
+
+    start: int  # byte of the file
+    end: int
+    channels: int
+    sample_rate: int
+
+    @property
+    def frames(self) -> int:
+        return (self.end - self.start) // (2 * self.channels)
+
+    def bytes_in(self, seconds: float) -> int:
+        return 2 * self.channels * round(seconds * self.sample_rate)
+
+
+def _whole_pcm16(header: bytes, size: int) -> _PlainPcm16 | None:
+    """The samples of a RIFF of `size` bytes in all; None where it says anything that is odd."""
+    if header[:4] != b"RIFF" or header[8:16] != b"WAVEfmt " or len(header) < 44:
+        return None
     riff_bytes, fmt_bytes = (int.from_bytes(header[at : at + 4], "little") for at in (4, 16))
-    if riff_bytes + 8 != size or fmt_bytes != 16 or len(header) < 44:
-        return False
     code, channels, rate, bytes_a_s, align, bits = struct.unpack_from("<HHIIHH", header, 20)
-    if (code, bits) != (1, 16) or not 0 < channels <= 8 or align != 2 * channels:
-        return False
-    if bytes_a_s != rate * align or not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
-        return False
+    if riff_bytes + 8 != size or fmt_bytes != 16 or (code, bits) != (1, 16):
+        return None
+    if not 0 < channels <= 8 or align != 2 * channels or bytes_a_s != rate * align:
+        return None
     at = 36
     while header[at : at + 4] in (b"LIST", b"JUNK", b"fact", b"bext"):
-        at += 8 + int.from_bytes(header[at + 4 : at + 8], "little") + 1 & ~1
+        at += 8 + (int.from_bytes(header[at + 4 : at + 8], "little") + 1 & ~1)
     data_bytes = int.from_bytes(header[at + 4 : at + 8], "little")
-    ends = at + 8 + data_bytes
-    whole = ends == size and data_bytes > 0 and data_bytes % align == 0
-    return header[at : at + 4] == b"data" and whole
+    if header[at : at + 4] != b"data" or not data_bytes or data_bytes % align:
+        return None
+    if at + 8 + data_bytes != size or not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+        return None
+    return _PlainPcm16(at + 8, size, channels, rate)
 
 
 def _holds_dts(content: bytes) -> bool:

@@ -339,22 +339,27 @@ def frame_bytes(codec: str, header: bytes) -> int:
 
 
 def holds_bitstream(content: bytes) -> bool:
-    """Whether three frames of MPEG audio, ADTS, AC-3 or E-AC-3 follow one another in it.
+    """Whether three frames of MPEG audio, ADTS, LOAS, AC-3 or E-AC-3 follow one another in it.
 
     Bytes of AC-3 may be swapped, as they are where it poses as samples.
     """
-    values = np.frombuffer(content, np.uint8).astype(np.int32)
+    values = np.frombuffer(content, np.uint8)
     for first, second in ((0x0B, 0x77), (0x77, 0x0B)):
         gaps = np.diff(np.flatnonzero((values[:-1] == first) & (values[1:] == second)))
         if (np.abs(np.diff(gaps)) <= 2).any():  # AC-3 at 44.1 kHz has frames of two sizes
             return True
+    loas = np.flatnonzero((values[:-2] == 0x56) & (values[1:-1] >> 5 == 7))
+    ends = loas + 3 + ((values[loas + 1].astype(np.int32) & 0x1F) << 8 | values[loas + 2])
+    next_of = dict(zip(loas.tolist(), ends.tolist(), strict=True))
+    if any(next_of.get(next_of.get(end)) in next_of for end in next_of.values()):
+        return True
     at = np.flatnonzero((values[:-5] == 0xFF) & (values[1:-4] >= 0xE0))
-    second, third = values[at + 1], values[at + 2]
+    second, third, fourth, fifth, sixth = (values[at + n].astype(np.int32) for n in range(1, 6))
     layer = second >> 1 & 3
     adts = (second >> 4 == 15) & (layer == 0)
     lengths = np.where(
         adts,
-        (values[at + 3] & 3) << 11 | values[at + 4] << 3 | values[at + 5] >> 5,
+        (fourth & 3) << 11 | fifth << 3 | sixth >> 5,
         _mpeg_lengths(second, third),
     )
     # Frames of one stream agree in version and layer, and MPEG's in the rate.
