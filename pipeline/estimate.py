@@ -13,6 +13,7 @@ import click
 
 from pipeline import flags
 from pipeline.options import AnnotateOptions, UsageError
+from pipeline.quantities import counted
 from pipeline.terminal import errors_said, quiet
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ def _estimate(options: dict[str, Any]) -> None:
             f"--save {options['save']!r} cannot be written: there is no folder "
             f"{str(Path(options['save']).parent)!r}"
         )
+    if options["save"] and Path(options["save"]).is_dir():
+        raise UsageError(
+            f"--save {options['save']!r} cannot be written: it is a folder; name a file"
+        )
     from rich.console import Console
 
     from pipeline import dataflow
@@ -162,6 +167,7 @@ def _estimate(options: dict[str, Any]) -> None:
             raise UsageError(
                 f"--save {options['save']!r} cannot be written: {error.strerror}"
             ) from error
+        click.echo(f"Wrote {options['save']}", err=True)
     if output:
         try:
             publish_bytes(job.output, ESTIMATE_FILE, text.encode())
@@ -252,7 +258,7 @@ def show(estimate: dict[str, Any], console: Console) -> None:
     ]
     if idle:
         say(
-            f"There are {estimate['shards']:,} shards, so {idle[0]:,} workers are more than can work; smaller shards "
+            f"There {'is' if estimate['shards'] == 1 else 'are'} {counted(estimate['shards'], 'shard')}, so {idle[0]:,} workers are more than can work; smaller shards "
             "spread further."
         )
     took = estimate["ms_per_clip"]

@@ -292,11 +292,6 @@ def _measure(source: Source, truth: Truth, teacher: Source | None, options: dict
         group_by=options["group_by"],
         first=check,
     )
-    console = Console(stderr=options["as_json"])  # so that JSON stands alone
-    if options["as_json"]:
-        click.echo(present.as_json(evaluation).rstrip("\n"))
-    else:
-        present.show(evaluation, console)
 
     def picture() -> bytes:
         from evaluation.picture import picture as draw
@@ -307,6 +302,12 @@ def _measure(source: Source, truth: Truth, teacher: Source | None, options: dict
     _write("--markdown", options["markdown"], lambda: present.markdown(evaluation))
     _write("--per-label", options["per_label"], lambda: present.per_label_csv(evaluation))
     _write("--picture", options["picture"], picture)
+    # After the files: who reads the tables may stop reading.
+    console = Console(stderr=options["as_json"])  # so that JSON stands alone
+    if options["as_json"]:
+        click.echo(present.as_json(evaluation).rstrip("\n"))
+    else:
+        present.show(evaluation, console)
     if options["thresholds"]:
         _fit_thresholds(source, evaluation, grouped, options, console)
 

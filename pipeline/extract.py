@@ -93,7 +93,7 @@ def wanted_of(views: Views, sql: str, limit: int | None, *, chunk: bool) -> list
         for name in needed:
             if name not in relation.columns:
                 raise UsageError(
-                    f"the audio of rows is found by their columns {', '.join(needed)}: add {name} to the "
+                    f"the audio of rows is found by {', '.join(needed)}: add {name} to the columns of the "
                     f"query, which has {', '.join(map(views.header, relation.columns))}"
                 )
         if limit is not None:

@@ -30,6 +30,7 @@ from pipeline.expected import COMPARED, FORMAT
 from pipeline.options import UsageError
 from pipeline.plan import Todo
 from pipeline.profile import SIDES
+from pipeline.quantities import counted
 from pipeline.run import Job, annotate, annotation_of, empty_pipeline
 from student.checkpoint import read_json
 from student.model import Student
@@ -181,7 +182,7 @@ def draw_sample(job: Job, size: int, seed: int, say: Callable[[str], None]) -> S
     total = sum(stratum.size_bytes for stratum in strata) or 1
     census = total <= _CENSUS_BYTES
     for number, stratum in enumerate(strata):
-        say(f"reading a sample of {stratum.shards:,} shards ({stratum.kind})")
+        say(f"reading a sample of {counted(stratum.shards, 'shard')} ({stratum.kind})")
         # A kind that is a tenth of the input has a tenth of the time, but never none.
         share = max(0.1, stratum.size_bytes / total)
         ends = time.monotonic() + _READ_S * share

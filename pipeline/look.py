@@ -153,10 +153,6 @@ def compare(a: str, b: str, verbose: bool, **options: Any) -> None:
         from pipeline.compare import compare as measure
 
         result = _said(lambda: measure(*sources, changes=options["clips"], seed=options["seed"]))
-        if options["as_json"]:
-            click.echo(as_json(result).rstrip("\n"))
-        else:
-            _show(result)
         if options["save"]:
             _write("--save", options["save"], as_json(result).encode())
             click.echo(f"Wrote {options['save']}", err=True)
@@ -167,6 +163,11 @@ def compare(a: str, b: str, verbose: bool, **options: Any) -> None:
             _write("--to", options["to"], comparison_page(result, media).encode())
             _say_media(media, err=options["as_json"])
             click.echo(f"Wrote {options['to']}", err=True)
+        # After the files: who reads the tables may stop reading.
+        if options["as_json"]:
+            click.echo(as_json(result).rstrip("\n"))
+        else:
+            _show(result)
 
 
 def _access(billing_project: str | None) -> Access:
@@ -260,7 +261,9 @@ def _show(result: Comparison) -> None:
             f"Of the clips that both have, {result.unscored_a:,} have no scores in A and "
             f"{result.unscored_b:,} none in B; they are left out."
         )
-    changed = [one for one in result.by_change() if one.gained or one.lost or one.mean_change]
+    changed = [
+        one for one in result.by_change() if one.gained or one.lost or round(one.mean_change, 4)
+    ]
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("label", overflow="fold")
     for name in ("tags A", "tags B", "gained", "lost", "Jaccard", "mean A", "mean B"):

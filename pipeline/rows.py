@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+import click
+
 from pipeline.options import UsageError
 from pipeline.terminal import visible
 from transforms.records import as_text
@@ -25,6 +27,7 @@ _SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "
 _ROWS_AT_ONCE = 2_048
 _NARROWEST = 6  # cells of a column that gives way to others
 _PLACES = ("clip_id", "shard", "member")
+_PIPED_CELLS = 200  # of a line that no terminal shows
 _WIDEST = 2_000  # characters of a cell that are made before it is cut to fit
 
 
@@ -72,10 +75,14 @@ def write_table(
     cells = [[safe(cell(value)) for value in row] for row in few]
     headers = [safe(name) for name in names]
     console = Console()
+    # What reads a pipe takes more than 80 cells, which is what is said where nobody knows.
+    room = console.width
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        room = max(room, _PIPED_CELLS)
     natural = [max(map(cell_len, column)) for column in zip(headers, *cells, strict=True)]
     widths = _shared(
         natural,
-        console.width - 2 * (len(names) - 1),
+        room - 2 * (len(names) - 1),
         # What reads a pipe takes ids whole.
         () if console.is_terminal else [at for at, name in enumerate(names) if name == "clip_id"],
     )
@@ -92,6 +99,8 @@ def write_table(
             *(Text(_fitted(text, widths[at], names[at] in _PLACES)) for at, text in enumerate(row))
         )
     console.print(table, soft_wrap=True)
+    if console.is_terminal and widths != natural:
+        click.echo("Cells are cut to fit; --format csv, jsonl or parquet has them whole.", err=True)
     return len(few), limit is None and next(left, None) is not None
 
 

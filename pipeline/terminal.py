@@ -68,7 +68,7 @@ def errors_said(
             sys.exit(EXIT_INTERRUPTED)
         if verbose:
             raise
-        if type(error).__name__ in ("JobRefused", "JobFailed"):
+        if type(error).__name__ in ("JobRefused", "JobFailed", "DamagedOutput"):
             click.echo(printable(f"Error: {error}"), err=True)
             sys.exit(EXIT_FAILURES)
         first = (str(error).strip().splitlines() or [""])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -150,4 +151,7 @@ def _interleaved(frame: av.AudioFrame, dtype: type[np.generic], channels: int) -
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0].strip()
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return re.sub(
+        r"^Error opening <.*?>: ", "", reason
+    ).strip()  # an object, not a file of the user's

@@ -72,6 +72,10 @@ class ShardSummary:
         self.tags.update(other.tags)
 
 
+class DamagedOutput(ValueError):
+    """A file of an output is not what was published; the message says what to do."""
+
+
 def clips_schema(labels: int, embedding_size: int, options: RowOptions) -> pa.Schema:
     """The columns of `clips/*.parquet`; docs/schema.md describes them."""
     score = pa.float16() if options.score_type == "float16" else pa.float32()
@@ -386,7 +390,7 @@ def read_footer(output: Output, name: str) -> Footer:
         stated["tags"] = Counter(stated["tags"])
         summary = ShardSummary(**stated)
     except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise ValueError(
+        raise DamagedOutput(
             f"{output.uri}/{name} is not a file that earmark finished; remove it and run again"
         ) from error
     return Footer(summary, making, source, parquet.num_rows)
