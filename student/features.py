@@ -20,6 +20,7 @@ from student.feature_spec import FRAME_SAMPLES, HOP_SAMPLES, FeatureSpec
 FFT_SAMPLES = 512
 PREEMPHASIS = 0.97
 LOW_HZ = 20.0
+_LOUDEST = 1e15  # samples of damaged float audio, whose power float32 would not hold
 _CPU_FRAMES = 256  # that go through the spectrum at once
 POWER_FLOOR = 1.1920928955078125e-07  # float32 epsilon, Kaldi's floor under the logarithm
 
@@ -68,6 +69,8 @@ class LogMel(torch.nn.Module):
 
     def power(self, waveforms: torch.Tensor) -> torch.Tensor:
         """Mel power [n, frames, mel bins] of float32 [n, samples]; no floor, no padding."""
+        if self.window.dtype is torch.float32:
+            waveforms = waveforms.clamp(-_LOUDEST, _LOUDEST)
         frames = waveforms.to(self.window.dtype).unfold(1, FRAME_SAMPLES, HOP_SAMPLES)
         # A CPU is twice as fast with pieces that stay in its caches, and whose memory it has.
         at_once = _CPU_FRAMES if waveforms.device.type == "cpu" else max(1, frames.shape[1])

@@ -53,6 +53,10 @@ class DeviceError(RuntimeError):
     """The device that was asked for is not there; never replaced by another one."""
 
 
+class NonFiniteScoresError(RuntimeError):
+    """A student gave scores that are no numbers; they are never written."""
+
+
 class Student:
     """An AST classifier on a device, with the features it was trained on.
 
@@ -272,7 +276,7 @@ class Student:
         """
         if len(arrays) <= self._fitting:
             try:
-                return self._batches.begin(arrays)
+                return self._checking(self._batches.begin(arrays))
             except torch.OutOfMemoryError:
                 if len(arrays) == 1:
                     raise
@@ -290,6 +294,20 @@ class Student:
         def result() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
             one, other = first(), second()
             return np.concatenate([one[0], other[0]]), np.concatenate([one[1], other[1]])
+
+        return result
+
+    def _checking(self, answer: Result) -> Result:
+        def result() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            scores, pooled = answer()
+            if not np.isfinite(scores).all():
+                dtype = str(self.dtype).removeprefix("torch.")
+                raise NonFiniteScoresError(
+                    f"checkpoint {self.checkpoint.name!r} gives scores that are no numbers in {dtype} on "
+                    f"{self.device}: its activations are too large for {dtype}, or its weights are damaged; "
+                    "try --dtype float32, or bfloat16 on a GPU"
+                )
+            return scores, pooled
 
         return result
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from student import Student
 from student.batches import Answer, Batches, GpuLaunch, Stages
+from student.model import NonFiniteScoresError
 from transforms.records import Chunk, ClipEnd
 from transforms.score import score_clips
 
@@ -183,3 +184,20 @@ def test_a_gpu_scores_as_the_cpu_does_whether_replayed_or_not(
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4)
     np.testing.assert_allclose(embeddings, expected_embeddings, rtol=0, atol=1e-3)
     assert min(gpu.take_stage_s().values()) > 0
+
+
+def test_scores_that_are_no_numbers_are_an_error_and_no_row(
+    tiny_checkpoint: Path, noise: Any
+) -> None:
+    student = Student.load(str(tiny_checkpoint), device="cpu")
+    begin = student._batches.begin
+
+    def overflown(arrays: Any) -> Any:
+        scores, pooled = begin(arrays)()
+        scores = scores.copy()
+        scores[-1, 3] = np.nan
+        return lambda: (scores, pooled)
+
+    student._batches.begin = overflown  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteScoresError, match="no numbers in float32 on cpu: its activations"):
+        student.score([noise(2_000), noise(2_000)])

@@ -235,3 +235,15 @@ def test_a_chunk_of_ast_is_ten_and_a_quarter_seconds() -> None:
 def test_a_chunk_of_another_rate_and_length() -> None:
     spec = FeatureSpec(sample_rate=8_000, max_length=100)
     assert (spec.chunk_samples, spec.chunk_s) == (16_000, 2.0)
+
+
+@pytest.mark.parametrize("loudest", [1.0, 1e16, 3e38])
+def test_float32_features_are_numbers_however_loud_the_audio(loudest: float, noise: Noise) -> None:
+    waveform = torch.from_numpy(noise(16_000))[None]
+    waveform = (waveform / waveform.abs().max() * loudest).to(torch.float32)
+    lengths = torch.tensor([16_000])
+    found = LogMel(FeatureSpec(max_length=128), torch.float32)(waveform, lengths)
+    assert found.isfinite().all()
+    if loudest == 1.0:  # and where it is not absurd, it is what float64 gives
+        exact = LogMel(FeatureSpec(max_length=128))(waveform, lengths)
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-3)
