@@ -19,7 +19,7 @@ from pipeline.estimate import estimate_like
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.look import compare, report
-from pipeline.options import AnnotateOptions, UsageError, split_beam_options
+from pipeline.options import AnnotateOptions, UsageError, refuse_missing, split_beam_options
 from pipeline.query import query
 from pipeline.retag import retag
 from pipeline.retry import retry
@@ -259,6 +259,7 @@ def annotate(
         paths, beam = split_beam_options(inputs, own)
         if not paths and not options["inputs_from"]:
             raise UsageError("Missing argument 'INPUT...'.")
+        refuse_missing(paths)
         _run(AnnotateOptions(inputs=paths, beam=beam, **options))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import flags
-from pipeline.options import AnnotateOptions, UsageError
+from pipeline.options import AnnotateOptions, UsageError, refuse_missing
 from pipeline.quantities import counted
 from pipeline.terminal import errors_said, quiet
 
@@ -97,6 +97,7 @@ def _estimate(options: dict[str, Any]) -> None:
     workers = _workers(options["workers"])
     if not options["inputs"] and not options["inputs_from"]:
         raise UsageError("Missing argument 'INPUT...'.")
+    refuse_missing(options["inputs"])
     # A mistake should not cost the time that follows.
     price = options["price_per_hour"]
     if price is not None and not math.isfinite(price):

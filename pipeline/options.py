@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
@@ -69,6 +71,16 @@ class AnnotateOptions:
     detach: bool = False
     profile: bool = False
     beam: tuple[str, ...] = ()
+
+
+def refuse_missing(inputs: Iterable[str]) -> None:
+    """Refuses a misspelt local path at once, not after the seconds that Beam and torch take to load.
+
+    Patterns, URLs and what else is no plain path are left to `pipeline.plan`.
+    """
+    for name in inputs:
+        if not re.search(r"[*?\[{]|://", name) and not os.path.lexists(name):
+            raise UsageError(f"{name!r} does not exist")
 
 
 def split_beam_options(

@@ -1,5 +1,6 @@
 """What is installed is what is here: packages, data, pins, versions."""
 
+import os
 import re
 import subprocess
 import sys
@@ -59,3 +60,24 @@ def test_every_dependency_is_pinned_and_torch_first():
 
 def test_the_bundled_weights_stay_small():
     assert (ROOT / "student" / "bundled" / "model.safetensors").stat().st_size <= 8_000_000
+
+
+@pytest.mark.parametrize(
+    "command", [["annotate", "nofolder", "-o", "out"], ["estimate", "nofolder"]]
+)
+def test_a_misspelt_path_does_not_wait_for_beam_and_torch(command, tmp_path):
+    code = (
+        "import sys; from pipeline.cli import cli\n"
+        "try: cli(sys.argv[1:])\n"
+        "finally: print(sorted({'apache_beam', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr == "Error: 'nofolder' does not exist\n"
