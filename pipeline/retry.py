@@ -47,6 +47,7 @@ _NOT_FOUND_TOLD = 5
 )
 @click.option("--device", default="auto", show_default=True, metavar="D", help="As for annotate.")
 @click.option("--devices", metavar="all|N", help="As for annotate.")
+@click.option("--processes-per-gpu", type=click.IntRange(1), metavar="N", help="As for annotate.")
 @click.option("--decode-processes", type=click.IntRange(0), metavar="N", help="As for annotate.")
 @click.option("--gpu", metavar="TYPE[:COUNT]", help="As for annotate.")
 @flags.inputs_from
