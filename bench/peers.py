@@ -62,6 +62,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # this folder is first in the path, the checkout is not in it
     sys.path.insert(0, str(ROOT))
 
+from bench.command import annotated  # noqa: E402
 from bench.record import append_results, machine, table  # noqa: E402
 from pipeline.options import DEFAULT_RUNNER, AnnotateOptions  # noqa: E402
 from pipeline.run import annotation_of, execute, prepare  # noqa: E402
@@ -342,8 +343,6 @@ _command_beside_s: list[float] = []  # of each run, what was not between the fil
 
 
 def earmark_command(checkpoint: Path, device: str, dtype: str, outputs: Path) -> Way:
-    from bench.throughput import annotated
-
     runs = itertools.count()
 
     def tag(material: Material) -> tuple[float, Scores]:

@@ -6,8 +6,8 @@
 The model alone: `Student.score` over decoded clips of 10 s in memory, features and copies
 included. The pipeline: the command `earmark annotate`, a process of its own, over WebDataset tars
 of 16 kHz FLAC (sounds of the corpus, put one behind the other). Its rate is that between the
-published files, of which the first and last `EDGE` are left out: several processes begin and end
-together. So starting Python and loading are not in it; the whole command's time is told too. Every tar is one file under many names. Prints JSON.
+published files (`bench.command`), so starting Python and loading are not in it; the whole
+command's time is told too. Every tar is one file under many names. Prints JSON.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # this folder is first in the path, the checkout is not in it
     sys.path.insert(0, str(ROOT))
 
+from bench.command import annotated  # noqa: E402
 from bench.peers import corpus_clips, make_checkpoint, make_material  # noqa: E402
 from bench.record import append_results, machine, table  # noqa: E402
 from student.model import Student  # noqa: E402
-
-EDGE = 4  # files
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,52 +129,6 @@ def scored(checkpoint: str, device: str, file: str) -> None:
         student.score(many)
         done += len(many)
     print(done / (time.perf_counter() - started))
-
-
-def annotated(
-    shards: Path,
-    output: Path,
-    checkpoint: Path,
-    device: str,
-    most: int = 0,
-    dtype: str = "auto",
-) -> dict[str, Any]:
-    """The command's rate between its files, and its whole time."""
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline",
-        "annotate",
-        str(shards),
-        "--output",
-        str(output),
-    ]
-    command += ["--checkpoint", str(checkpoint), "--device", device, "--dtype", dtype, "--profile"]
-    if most:
-        command += ["--processes-per-gpu", str(most)]
-    started = time.monotonic()
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    process_s = time.monotonic() - started
-    if done.returncode:
-        raise SystemExit(f"{done.stdout}\n{done.stderr}")
-    summary = json.loads((output / "summary.json").read_text())
-    if summary["failed"]:
-        raise SystemExit(f"{summary['failed']} clips failed: {summary}")
-    published = sorted(file.stat().st_mtime for file in (output / "clips").glob("*.parquet"))
-    # Where one is published, the other processes have more or less of theirs done: in the middle
-    # of a run that evens out.
-    middle = published[EDGE:-EDGE] if len(published) > 3 * EDGE else published
-    between = summary["clips"] * (len(middle) - 1) / len(published)
-    return {
-        "clips": summary["clips"],
-        "clips_s": round(between / max(1e-9, middle[-1] - middle[0]), 1),
-        "whole_clips_s": round(summary["clips"] / process_s, 1),
-        "process_s": round(process_s, 2),
-        "profile": summary.get("profile"),
-    }
 
 
 def markdown(result: dict[str, Any]) -> list[str]:

@@ -27,10 +27,10 @@ from transforms.decode import (
     SourceFacts,
     _converter,
     _joined,
-    _whole_pcm16,
     take_decode_s,
 )
 from transforms.records import ClipError
+from transforms.wav import whole_pcm16
 
 Noise = Callable[..., NDArray[np.float32]]
 Encoded = Callable[..., bytes]
@@ -353,7 +353,7 @@ def by_ffmpeg(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], Any]:
 
     def decoded(content: bytes) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr("transforms.decode._whole_pcm16", lambda *_: None)
+            patch.setattr("transforms.wav.whole_pcm16", lambda *_: None)
             return decode(content)
 
     return decoded
@@ -380,12 +380,12 @@ def test_a_wav_of_plain_samples_is_no_work_for_ffmpeg(
 
 def test_a_wav_that_is_not_as_it_says_is_for_ffmpeg(noise: Noise) -> None:
     content = riff(FMT, (b"data", (noise((9_000, 2)) * 32_767).astype("<i2").tobytes()))
-    assert _whole_pcm16(content[:4_096], len(content)) is not None
+    assert whole_pcm16(content[:4_096], len(content)) is not None
     for odd in (
         content[:-1], content + b"\0\0", content[:22] + b"\x03" + content[23:], content[:44],
         content[:24] + b"\0\0" + content[26:], content[:40] + b"\xff" + content[41:], content[:20],
     ):  # fmt: skip
-        assert _whole_pcm16(odd[:4_096], len(odd)) is None
+        assert whole_pcm16(odd[:4_096], len(odd)) is None
 
 
 @pytest.mark.parametrize("silence_bytes", [0, 12_000, 40_000])

@@ -6,7 +6,6 @@ import contextlib
 import io
 import math
 import re
-import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +20,8 @@ from numpy.typing import NDArray
 
 from transforms.meter import Stopwatch
 from transforms.records import ClipError
-from transforms.stated import frame_bytes, holds_bitstream, stated_of, within_tags
+from transforms.stated import frame_bytes, stated_of, within_tags
+from transforms.wav import PlainPcm16, holds_pcm16, plain_pcm16
 
 MIN_SAMPLE_RATE = 1_000  # Hz; below it is a damaged header, and hours of nothing
 MAX_SAMPLE_RATE = 6_144_000  # Hz; DSD512 as ffmpeg decodes it is 2,822,400
@@ -66,23 +66,8 @@ _SAMPLES: dict[str, tuple[type[np.generic], int, float]] = {
     "dbl": (np.float64, 0, 1.0),
 }
 
-# In 16-bit PCM WAV ffmpeg looks for a bitstream that poses as samples, through 32 packets of
-# up to 0.1 s: 4 to 30 ms of CPU time a clip. It is spared where the first bytes hold no row of
-# frames, and all that it would look at no sync word of DTS, which may follow silence.
-_PCM16_WAV = re.compile(rb"(?s)R(?:IFF|F64).{4}WAVE.*?fmt .{4}(?:\x01\x00|\xfe\xff).{12}\x10\x00")
-_HEADER_BYTES = 4_096  # in which "fmt " is looked for
-_PROBED_BYTES = 16_384
-_DTS_WITHIN_BYTES = 600_000  # ffmpeg's 32 packets of stereo at 48 kHz, and a header
+# Of a WAV that holds samples for certain ffmpeg need not look for a bitstream in 32 packets.
 _PROBE_LESS = {"max_probe_packets": "2"}
-_POSING_BYTES = 65_536  # of samples, in which a bitstream would have to begin
-_SPDIF_PREAMBLES = (b"\x72\xf8\x1f\x4e", b"\xf8\x72\x4e\x1f")  # IEC 61937, in either byte order
-_DTS_SYNC_WORDS = (  # as 16-bit little-endian samples; ETSI TS 102 114
-    (0x7FFE, 0x8001),
-    (0xFE7F, 0x0180),
-    (0x1FFF, 0xE800),
-    (0xFF1F, 0x00E8),
-    (0x5864, 0x2520),  # of an extension without a core
-)
 
 # ffmpeg's names for what libsndfile calls subtype, so that `codec` has one vocabulary.
 _SOUNDFILE_CODECS = {
@@ -213,8 +198,8 @@ class _Loss:
 class AudioDecoder:
     """One clip's audio, or a part of it, decoded as it is read.
 
-    ffmpeg (PyAV) decodes all but the samples of a plain WAV, which are read as they are. What it refuses to begin is tried with libsndfile, which reads some
-    files that ffmpeg does not; where ffmpeg meets a fault at once, the one that gets further
+    ffmpeg (PyAV) decodes all but the samples of a plain WAV, which are read as they are. What it
+    refuses to begin is tried with libsndfile, which reads some files that ffmpeg does not; where ffmpeg meets a fault at once, the one that gets further
     decodes. The format is found from the bytes. What cannot be decoded in the middle is left
     out, and told at the end.
 
@@ -408,7 +393,7 @@ class AudioDecoder:
         """
         refused: Exception | None = None
         try:
-            plain = self._plain_pcm16() if start_s < _SEEK_FROM_S else None
+            plain = plain_pcm16(self._file) if start_s < _SEEK_FROM_S else None
             if plain is not None:
                 yield from self._plain_blocks(plain)
             elif not self._is_big_endian_wav():
@@ -471,50 +456,17 @@ class AudioDecoder:
         self._begun = False
         return decoded_s[0] > decoded_s[1] + _SHORT_S
 
-    def _plain_pcm16(self) -> _PlainPcm16 | None:
-        """Where a WAV has its 16-bit samples, if it is nothing else, and as long as it says it is.
-
-        ffmpeg takes five times as long to open and read such a one. Where anything in it looks like
-        a bitstream that poses as samples, it is ffmpeg's.
-        """
-        size = self._file.seek(0, 2)
-        self._file.seek(0)
-        header = self._file.read(_HEADER_BYTES)
-        plain = _whole_pcm16(header, size)
-        if plain is not None:
-            content = header + self._file.read(_DTS_WITHIN_BYTES)
-            posing = content[plain.start : plain.start + max(_POSING_BYTES, plain.bytes_in(0.2))]
-            if (
-                any(preamble in posing for preamble in _SPDIF_PREAMBLES)
-                or holds_bitstream(posing)
-                or _holds_dts(content)
-            ):
-                plain = None
-        self._file.seek(0)
-        return plain
-
     def _is_big_endian_wav(self) -> bool:
         """ffmpeg takes the samples of a RIFX file for little-endian, and gives noise."""
         magic = self._file.read(4)
         self._file.seek(0)
         return magic == b"RIFX"
 
-    def _holds_pcm16(self) -> tuple[bool, bool]:
-        """(whether it is a WAV of 16-bit samples, whether these are no bitstream)."""
-        header = self._file.read(_HEADER_BYTES)
-        matched = _PCM16_WAV.match(header)
-        certain = False
-        if matched is not None:
-            content = header + self._file.read(_DTS_WITHIN_BYTES)
-            certain = not _holds_dts(content) and not holds_bitstream(content[:_PROBED_BYTES])
-        self._file.seek(0)
-        return matched is not None, certain
-
     def _ffmpeg_blocks(
         self, start_s: float, *, doubting: bool = False
     ) -> Iterator[NDArray[np.float32]]:
         self.library = "ffmpeg"
-        pcm16, certain = self._holds_pcm16()
+        pcm16, certain = holds_pcm16(self._file)
         options = _NO_OTHER_FILES | (_PROBE_LESS if certain else {})
         with av.open(self._file, mode="r", metadata_errors="replace", options=options) as container:
             stream = _audio_stream(container)
@@ -653,7 +605,7 @@ class AudioDecoder:
             break
         container.seek(0, stream=stream)
 
-    def _plain_blocks(self, plain: _PlainPcm16) -> Iterator[NDArray[np.float32]]:
+    def _plain_blocks(self, plain: PlainPcm16) -> Iterator[NDArray[np.float32]]:
         self.library = "numpy"
         self.facts = SourceFacts("pcm_s16le", plain.sample_rate, plain.channels)
         self._stated_s = plain.frames / plain.sample_rate
@@ -850,52 +802,6 @@ class _Unnamed:
 
     def write(self, _: bytes) -> int:  # soundfile asks that it is there
         raise OSError("the audio is only read")
-
-
-@dataclass(frozen=True)
-class _PlainPcm16:
-    """Where the samples of a WAV lie, and how."""
-
-    start: int  # byte of the file
-    end: int
-    channels: int
-    sample_rate: int
-
-    @property
-    def frames(self) -> int:
-        return (self.end - self.start) // (2 * self.channels)
-
-    def bytes_in(self, seconds: float) -> int:
-        return 2 * self.channels * round(seconds * self.sample_rate)
-
-
-def _whole_pcm16(header: bytes, size: int) -> _PlainPcm16 | None:
-    """The samples of a RIFF of `size` bytes in all; None where it says anything that is odd."""
-    if header[:4] != b"RIFF" or header[8:16] != b"WAVEfmt " or len(header) < 44:
-        return None
-    riff_bytes, fmt_bytes = (int.from_bytes(header[at : at + 4], "little") for at in (4, 16))
-    code, channels, rate, bytes_a_s, align, bits = struct.unpack_from("<HHIIHH", header, 20)
-    if riff_bytes + 8 != size or fmt_bytes != 16 or (code, bits) != (1, 16):
-        return None
-    if not 0 < channels <= 8 or align != 2 * channels or bytes_a_s != rate * align:
-        return None
-    at = 36
-    while header[at : at + 4] in (b"LIST", b"JUNK", b"fact", b"bext"):
-        at += 8 + (int.from_bytes(header[at + 4 : at + 8], "little") + 1 & ~1)
-    data_bytes = int.from_bytes(header[at + 4 : at + 8], "little")
-    if header[at : at + 4] != b"data" or not data_bytes or data_bytes % align:
-        return None
-    if at + 8 + data_bytes != size or not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
-        return None
-    return _PlainPcm16(at + 8, size, channels, rate)
-
-
-def _holds_dts(content: bytes) -> bool:
-    samples = np.frombuffer(content, "<u2", len(content) // 2)
-    return any(
-        (samples[np.flatnonzero(samples[:-1] == first) + 1] == second).any()
-        for first, second in _DTS_SYNC_WORDS
-    )
 
 
 def _converter(frame: av.AudioFrame, sample_rate: int) -> av.AudioResampler | None:
