@@ -19,7 +19,7 @@ import click
 
 # These are for a person at a terminal, or for a run on the launching machine itself; the launcher of a
 # template submits the job and ends.
-LEFT_OUT = {"dry_run", "job_file", "detach", "profile", "device", "devices"}
+LEFT_OUT = {"dry_run", "job_file", "detach", "profile", "device", "devices", "processes_per_gpu"}
 
 _INPUTS_HELP = "What to tag; several are separated by spaces, one that holds a space is quoted."
 

@@ -259,7 +259,8 @@ def annotate(
         paths, beam = split_beam_options(inputs, own)
         if not paths and not options["inputs_from"]:
             raise UsageError("Missing argument 'INPUT...'.")
-        refuse_missing(paths)
+        if not beam:  # on another runner a local path may be wrong in itself
+            refuse_missing(paths)
         _run(AnnotateOptions(inputs=paths, beam=beam, **options))
 
 

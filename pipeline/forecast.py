@@ -423,14 +423,14 @@ def project(
         scoring_s = (
             sum(per_clip[stage] for stage in ("features", "model")) * totals["clips"] * drift
         )
-        work_s = np.maximum(cost_s / processes, feeding_s / decoders)
-        if processes > 1:
-            work_s = np.maximum(work_s, scoring_s / job.workers.devices)
-        binds = _binds(per_clip, decoders)
+        work_s = np.maximum(cost_s, feeding_s / max(1, job.workers.decode_processes))
+        of_gpu_s = scoring_s / job.workers.devices if processes > 1 else 0 * scoring_s
+        binds = _binds(per_clip, decoders, processes)
         startup = Range(measured.startup_s, measured.startup_s * 0.8, measured.startup_s * 1.3)
         source = None
     else:
         work_s, binds = _on_gpu(job, gpu, per_clip, totals, random_numbers)
+        processes, of_gpu_s = 1, 0 * work_s
         low, high = GPU_STARTUP_S
         startup = Range(math.sqrt(low * high), low, high)
         source = GPU_SOURCE
@@ -439,8 +439,10 @@ def project(
     sizes = _sizes(todo)
     ladder = []
     for count in workers:
-        share = _longest_share(sizes, todo.shards, count)
-        run = _range(work_s * share)
+        # A shard is one process's; what the processes of a machine share is its GPU.
+        share = _longest_share(sizes, todo.shards, count * processes)
+        machine_s = of_gpu_s * _longest_share(sizes, todo.shards, count)
+        run = _range(np.maximum(work_s * share, machine_s))
         run = Range(run.expected + startup.expected, run.low + startup.low, run.high + startup.high)
         wall = run.plus(before_s)
         hours = wall.times(count / 3_600)
@@ -600,10 +602,12 @@ def _range(values: NDArray[np.float64]) -> Range:
     return Range(expected, min(float(low), expected), max(float(high), expected))
 
 
-def _binds(per_clip: Mapping[str, float], decoders: int) -> str:
+def _binds(per_clip: Mapping[str, float], decoders: int, processes: int = 1) -> str:
     """The stage that takes longest on the side that takes longer."""
     sides = {side: sum(per_clip[stage] for stage in stages) for side, (stages, _) in SIDES.items()}
     sides["decoding"] /= decoders
+    if processes > 1:  # they share the GPU, and each writes
+        sides["model"] -= per_clip["write"] * (1 - 1 / processes)
     stages, _ = SIDES[max(sides, key=lambda side: sides[side])]
     return max(stages, key=lambda stage: per_clip[stage])
 

@@ -79,8 +79,14 @@ def refuse_missing(inputs: Iterable[str]) -> None:
     Patterns, URLs and what else is no plain path are left to `pipeline.plan`.
     """
     for name in inputs:
-        if not re.search(r"[*?\[{]|://", name) and not os.path.lexists(name):
-            raise UsageError(f"{name!r} does not exist")
+        if re.match(r"~|[a-z][a-z0-9+]*:", name) or re.search(r"[*?\[{]", name):
+            continue
+        try:
+            os.lstat(name)
+        except FileNotFoundError:
+            raise UsageError(f"{name!r} does not exist") from None
+        except (OSError, ValueError):  # which the listing has words for
+            pass
 
 
 def split_beam_options(

@@ -86,6 +86,8 @@ def write_table(
         # What reads a pipe takes ids whole.
         () if console.is_terminal else [at for at, name in enumerate(names) if name == "clip_id"],
     )
+    if not console.is_terminal:
+        console = Console(width=max(room, sum(widths) + 2 * len(widths)))
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for at, name in enumerate(headers):
         numbers = all(isinstance(row[at], int | float | None) for row in few)

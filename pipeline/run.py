@@ -489,6 +489,10 @@ def _prepare_dataflow(
         raise UsageError(
             f"{stated} is about this machine; on Dataflow --gpu says what the workers have"
         )
+    if options.processes_per_gpu is not None:
+        raise UsageError(
+            "--processes-per-gpu is about this machine; a worker of Dataflow has one process"
+        )
     if options.dtype == "reduced":
         raise UsageError(
             "--dtype reduced is what is fastest on this machine; say what the workers are to compute in, "
@@ -543,7 +547,7 @@ def _refuse_other_student(checkpoint: str, baked: str | None, image: str) -> Non
 
 def _with_processes(options: AnnotateOptions, processes: int) -> PipelineOptions:
     """Beam's options for so many worker processes of this machine."""
-    if _workers_by_hand(_beam_options(options.beam, options.dry_run)) is not None:
+    if _stated_by_hand(_beam_options(options.beam, options.dry_run)):
         raise UsageError(
             f"--devices {options.devices} sets --direct_num_workers and --direct_running_mode: "
             "leave these out"
@@ -554,10 +558,14 @@ def _with_processes(options: AnnotateOptions, processes: int) -> PipelineOptions
 
 def _workers_by_hand(options: PipelineOptions) -> int | None:
     """How many workers Beam was told to start here; None where it was told nothing."""
-    given = options.view_as(DirectOptions)
-    if given.direct_num_workers != 1 or given.direct_running_mode != "in_memory":
-        return int(given.direct_num_workers)
+    if _stated_by_hand(options):
+        return int(options.view_as(DirectOptions).direct_num_workers)
     return None if _runner_of(options) in ("fnapi", "direct") else 1
+
+
+def _stated_by_hand(options: PipelineOptions) -> bool:
+    given = options.view_as(DirectOptions)
+    return given.direct_num_workers != 1 or given.direct_running_mode != "in_memory"
 
 
 def _refuse_for_local(options: AnnotateOptions) -> None:

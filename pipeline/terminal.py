@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -45,6 +46,10 @@ def printable(text: str) -> str:
     return "\n".join(map(visible, text.split("\n")))
 
 
+# Errors whose message says what to do, which is not the same once more.
+_SAY_ALL = ("JobRefused", "JobFailed", "DamagedOutput", "NonFiniteScoresError")
+
+
 @contextlib.contextmanager
 def errors_said(
     verbose: bool,
@@ -68,8 +73,9 @@ def errors_said(
             sys.exit(EXIT_INTERRUPTED)
         if verbose:
             raise
-        if type(error).__name__ in ("JobRefused", "JobFailed", "DamagedOutput"):
-            click.echo(printable(f"Error: {error}"), err=True)
+        if type(error).__name__ in _SAY_ALL:
+            said = re.sub(r" \[while running '[^']*'\]$", "", str(error))
+            click.echo(printable(f"Error: {said}"), err=True)
             sys.exit(EXIT_FAILURES)
         first = (str(error).strip().splitlines() or [""])[0]
         click.echo(

@@ -87,8 +87,10 @@ class Engine:
         self._kernel = kernel
         self._device = device
         self._rounds = not on_cpu and dtype in (torch.bfloat16, torch.float16)
-        self._one_pass = add_norm_in_one_pass(device) if self._rounds else None
         network = model if isinstance(model, Network) else network_of(model)
+        self._one_pass = (
+            add_norm_in_one_pass(device, dtype, network.hidden_size) if self._rounds else None
+        )
         self._heads, self._tokens = network.heads, network.tokens
         self._tokens_of = self._tokens_from(network)
         self._positions = self._positions_of(network)
@@ -271,7 +273,7 @@ class Engine:
 
 
 def add_norm_in_one_pass(
-    device: torch.device,
+    device: torch.device, dtype: torch.dtype = torch.bfloat16, width: int = 768
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
     """`student.add_norm.add_norm`; None where it cannot run.
 
@@ -283,9 +285,9 @@ def add_norm_in_one_pass(
     try:
         from student.add_norm import add_norm
 
-        one = torch.ones((1, 1, 16), device=device)
+        one = torch.ones((1, 1, width), device=device)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            _, normal = add_norm(one, one.half(), one[0, 0], one[0, 0], 1e-12)
+            _, normal = add_norm(one, one.to(dtype), one[0, 0], one[0, 0], 1e-12)
         normal.cpu()  # waits for it
     except Exception as error:  # of Triton's, its compilers' and the driver's many kinds
         reason = str(error).strip().partition("\n")[0]

@@ -217,6 +217,7 @@ class Student:
         Raises:
             ValueError: a waveform is not one-dimensional, is too long, or holds NaN
                 or infinity.
+            NonFiniteScoresError: scores are no numbers.
         """
         arrays = self._checked(waveforms)
         scores = np.empty((len(arrays), len(self.labels)), np.float32)
@@ -305,7 +306,7 @@ class Student:
                 raise NonFiniteScoresError(
                     f"checkpoint {self.checkpoint.name!r} gives scores that are no numbers in {dtype} on "
                     f"{self.device}: its activations are too large for {dtype}, or its weights are damaged; "
-                    "try --dtype float32, or bfloat16 on a GPU"
+                    "try --dtype float32, or bfloat16 on a GPU, and another output"
                 )
             return scores, pooled
 

@@ -460,6 +460,7 @@ def test_an_image_with_another_student_is_refused(cloud, earmark, registry):
         (["gs://in/shards/*.tar", "-o", "out"], "is no gs:// URL"),
         (["here.tar", "-o", "gs://out/x"], "'here.tar' is a path of this machine"),
         (["gs://in/shards/*.tar", "-o", "gs://out/x", "--device", "cuda"], "--gpu says what the workers have"),
+        (["gs://in/shards/*.tar", "-o", "gs://out/x", "--processes-per-gpu", "2"], "a worker of Dataflow has one process"),
         (["gs://in/shards/*.tar", "-o", "gs://out/x", "--checkpoint", "{checkpoint}"], "is a folder of this machine"),
     ],
 )  # fmt: skip

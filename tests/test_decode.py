@@ -378,6 +378,19 @@ def test_a_wav_of_plain_samples_is_no_work_for_ffmpeg(
     assert decoder.library == "numpy" and decoder.facts == by_ffmpeg(content)[1]
 
 
+def test_a_plain_wav_that_is_given_in_odd_pieces_is_whole(noise: Noise) -> None:
+    class Meagre(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(min(size, 10_001) if size is not None and size >= 0 else size)
+
+    content = riff(FMT, (b"data", (noise((100_000, 2)) * 32_767).astype("<i2").tobytes()))
+    expected, found = (
+        np.concatenate(list(AudioDecoder(file).mono(48_000)))
+        for file in (io.BytesIO(content), Meagre(content))
+    )
+    assert np.array_equal(expected, found) and len(found) == 100_000
+
+
 def test_a_wav_that_is_not_as_it_says_is_for_ffmpeg(noise: Noise) -> None:
     content = riff(FMT, (b"data", (noise((9_000, 2)) * 32_767).astype("<i2").tobytes()))
     assert whole_pcm16(content[:4_096], len(content)) is not None

@@ -21,6 +21,7 @@ from bench.stand_ins import CloudStorage, Faults
 from pipeline import rows as formats
 from pipeline.cli import cli
 from pipeline.options import UsageError
+from pipeline.rows import write_table
 from pipeline.views import LabelRow, Labels, open_views, with_functions
 
 ROOT = Path(__file__).parent.parent
@@ -398,6 +399,15 @@ def test_a_pipe_gets_whole_ids(tags, fine, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     shown = earmark(tags, "SELECT clip_id, tags FROM clips").stdout
     assert all(row["clip_id"] in shown for row in fine if row["clip_id"].isascii())
+
+
+def test_a_table_in_a_pipe_loses_no_column_and_little_text(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    long = "shard-00000/some/long/folder/name/clip-0001.flac"
+    write_table(["clip_id", "duration_s", "tags"], [(long, 10.0, "Speech 0.91, " * 9)], None)
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["clip_id", "duration_s", "tags"]
+    assert long in row and " 10.0 " in row and row.count("Speech 0.91") >= 8
 
 
 def test_the_table_fits_and_names_are_escaped(tags, monkeypatch):

@@ -226,7 +226,9 @@ class AudioDecoder:
         self._position = 0  # samples decoded so far, those included
         self._lost_s = 0.0  # before the block that was given last
         self.facts: SourceFacts | None = None
-        self.library: str | None = None  # the one that decoded last: "ffmpeg" or "libsndfile"
+        self.library: str | None = (
+            None  # the one that decoded last: "ffmpeg", "libsndfile", "numpy"
+        )
 
     def mono(
         self, sample_rate: int, start_s: float | None = None, end_s: float | None = None
@@ -612,7 +614,7 @@ class AudioDecoder:
         self._file.seek(plain.start)
         left, most = plain.frames, _block_samples(plain.sample_rate, plain.channels)
         while left > 0:
-            content = self._file.read(2 * plain.channels * min(left, most))
+            content = self._read_whole(2 * plain.channels * min(left, most))
             block = np.frombuffer(
                 content, "<i2", len(content) // (2 * plain.channels) * plain.channels
             )
@@ -622,6 +624,13 @@ class AudioDecoder:
             self._begun = True
             yield np.multiply(block.reshape(-1, plain.channels).T, np.float32(2.0**-15), order="C")
             left -= len(block) // plain.channels
+
+    def _read_whole(self, size: int) -> bytes:
+        """As many bytes as there are up to `size`; a file without a buffer may give fewer at once."""
+        content = self._file.read(size)
+        while len(content) < size and (more := self._file.read(size - len(content))):
+            content += more
+        return content
 
     def _soundfile_blocks(self) -> Iterator[NDArray[np.float32]]:
         self.library = "libsndfile"

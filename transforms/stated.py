@@ -339,7 +339,7 @@ def frame_bytes(codec: str, header: bytes) -> int:
 
 
 def holds_bitstream(content: bytes) -> bool:
-    """Whether three frames of MPEG audio, ADTS, LOAS, AC-3 or E-AC-3 follow one another in it.
+    """Whether frames of MPEG audio or ADTS (four), LOAS, AC-3 or E-AC-3 (three) follow one another.
 
     Bytes of AC-3 may be swapped, as they are where it poses as samples.
     """
@@ -351,7 +351,7 @@ def holds_bitstream(content: bytes) -> bool:
     loas = np.flatnonzero((values[:-2] == 0x56) & (values[1:-1] >> 5 == 7))
     ends = loas + 3 + ((values[loas + 1].astype(np.int32) & 0x1F) << 8 | values[loas + 2])
     next_of = dict(zip(loas.tolist(), ends.tolist(), strict=True))
-    if any(next_of.get(next_of.get(end)) in next_of for end in next_of.values()):
+    if any(next_of.get(end) in next_of for end in next_of.values()):
         return True
     at = np.flatnonzero((values[:-5] == 0xFF) & (values[1:-4] >= 0xE0))
     second, third, fourth, fifth, sixth = (values[at + n].astype(np.int32) for n in range(1, 6))
