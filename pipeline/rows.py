@@ -76,9 +76,8 @@ def write_table(
     headers = [safe(name) for name in names]
     console = Console()
     # What reads a pipe takes more than 80 cells, which is what is said where nobody knows.
-    room = console.width
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        room = max(room, _PIPED_CELLS)
+    unbounded = not console.is_terminal and "COLUMNS" not in os.environ
+    room = max(console.width, _PIPED_CELLS) if unbounded else console.width
     natural = [max(map(cell_len, column)) for column in zip(headers, *cells, strict=True)]
     widths = _shared(
         natural,
@@ -86,8 +85,8 @@ def write_table(
         # What reads a pipe takes ids whole.
         () if console.is_terminal else [at for at, name in enumerate(names) if name == "clip_id"],
     )
-    if not console.is_terminal:
-        console = Console(width=max(room, sum(widths) + 2 * len(widths)))
+    if unbounded:
+        console = Console(width=max(room, sum(widths) + 2 * (len(names) - 1)))
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for at, name in enumerate(headers):
         numbers = all(isinstance(row[at], int | float | None) for row in few)

@@ -407,7 +407,7 @@ def test_a_table_in_a_pipe_loses_no_column_and_little_text(monkeypatch, capsys):
     write_table(["clip_id", "duration_s", "tags"], [(long, 10.0, "Speech 0.91, " * 9)], None)
     head, row = capsys.readouterr().out.splitlines()
     assert head.split() == ["clip_id", "duration_s", "tags"]
-    assert long in row and " 10.0 " in row and row.count("Speech 0.91") >= 8
+    assert long in row and " 10 " in row and row.count("Speech 0.91") >= 8
 
 
 def test_the_table_fits_and_names_are_escaped(tags, monkeypatch):
