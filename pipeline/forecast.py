@@ -424,13 +424,14 @@ def project(
             sum(per_clip[stage] for stage in ("features", "model")) * totals["clips"] * drift
         )
         work_s = np.maximum(cost_s, feeding_s / max(1, job.workers.decode_processes))
-        of_gpu_s = scoring_s / job.workers.devices if processes > 1 else 0 * scoring_s
+        # What one process alone takes of the GPU is in its own time.
+        of_gpu_s = scoring_s / job.workers.devices if processes > 1 else np.zeros_like(scoring_s)
         binds = _binds(per_clip, decoders, processes)
         startup = Range(measured.startup_s, measured.startup_s * 0.8, measured.startup_s * 1.3)
         source = None
     else:
         work_s, binds = _on_gpu(job, gpu, per_clip, totals, random_numbers)
-        processes, of_gpu_s = 1, 0 * work_s
+        processes, of_gpu_s = 1, np.zeros_like(work_s)
         low, high = GPU_STARTUP_S
         startup = Range(math.sqrt(low * high), low, high)
         source = GPU_SOURCE

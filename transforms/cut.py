@@ -152,6 +152,5 @@ def _interleaved(frame: av.AudioFrame, dtype: type[np.generic], channels: int) -
 
 def _reason(error: Exception) -> str:
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return re.sub(
-        r"^Error opening <.*?>: ", "", reason
-    ).strip()  # an object, not a file of the user's
+    # libsndfile's names an object here, and no file of the user's.
+    return re.sub(r"^Error opening <.*?>: ", "", reason).strip()

@@ -199,7 +199,8 @@ class AudioDecoder:
     """One clip's audio, or a part of it, decoded as it is read.
 
     ffmpeg (PyAV) decodes all but the samples of a plain WAV, which are read as they are. What it
-    refuses to begin is tried with libsndfile, which reads some files that ffmpeg does not; where ffmpeg meets a fault at once, the one that gets further
+    refuses to begin is tried with libsndfile, which reads some files that ffmpeg does not; where
+    ffmpeg meets a fault at once, the one that gets further
     decodes. The format is found from the bytes. What cannot be decoded in the middle is left
     out, and told at the end.
 
@@ -226,9 +227,8 @@ class AudioDecoder:
         self._position = 0  # samples decoded so far, those included
         self._lost_s = 0.0  # before the block that was given last
         self.facts: SourceFacts | None = None
-        self.library: str | None = (
-            None  # the one that decoded last: "ffmpeg", "libsndfile", "numpy"
-        )
+        # The one that decoded last: "ffmpeg", "libsndfile" or "numpy".
+        self.library: str | None = None
 
     def mono(
         self, sample_rate: int, start_s: float | None = None, end_s: float | None = None
