@@ -201,7 +201,7 @@ def sql_of(options: QueryOptions, views: Views) -> str:
     if options.columns:
         chosen = [name for text in options.columns for name in _names(text, columns, views)]
         if options.extract is not None or options.play:  # the audio is found by these
-            needed = columns[:3] if options.chunk else columns[:1]
+            needed = ["clip_id", *(["start_s", "end_s"] if options.chunk else [])]
             chosen += [name for name in needed if name not in chosen]
     else:
         usual = (

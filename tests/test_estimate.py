@@ -191,6 +191,7 @@ def test_mistakes_are_said_before_anything_is_read(earmark, shards, tmp_path):
         (["--price-per-hour", "inf"], "--price-per-hour inf is no price"),
         (["--gpu", "abacus"], "--gpu 'abacus' is unknown"),
         (["--save", tmp_path / "no" / "x.json"], "cannot be written: there is no folder"),
+        (["--save", tmp_path], "cannot be written: it is a folder; name a file"),
         (["--checkpoint", "nowhere/"], "nowhere/"),
         (["--device", "cuda:7"], "device 'cuda:7' was asked for"),
     ]:

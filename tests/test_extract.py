@@ -129,6 +129,15 @@ def test_of_chunks_only_the_chunk(tags, sources, tmp_path):
     assert len(list((tmp_path / "flags").glob("long-*.flac"))) == 3
 
 
+@pytest.mark.parametrize("flags", [[], ["--chunk"]])
+def test_columns_need_not_name_what_finds_the_audio(tags, tmp_path, flags):
+    asked = ["--tag", "Speech>0", *flags, "--limit", 2, "--extract"]
+    earmark("query", tags, *asked, tmp_path / "all")
+    earmark("query", tags, "--columns", "Speech", *asked, tmp_path / "one")
+    first, second = ((tmp_path / name / "clips.csv").read_text() for name in ("all", "one"))
+    assert first.count("\n") == 3 and first == second
+
+
 def test_a_clip_that_is_a_part_of_a_recording(tags, sources, tmp_path):
     output = tmp_path / "tags"
     shutil.copytree(tags, output)

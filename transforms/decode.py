@@ -200,9 +200,8 @@ class AudioDecoder:
 
     ffmpeg (PyAV) decodes all but the samples of a plain WAV, which are read as they are. What it
     refuses to begin is tried with libsndfile, which reads some files that ffmpeg does not; where
-    ffmpeg meets a fault at once, the one that gets further
-    decodes. The format is found from the bytes. What cannot be decoded in the middle is left
-    out, and told at the end.
+    ffmpeg meets a fault at once, the one that gets further decodes. The format is found from the
+    bytes. What cannot be decoded in the middle is left out, and told at the end.
 
     Args:
         file: the encoded audio, seekable.
